@@ -1,0 +1,198 @@
+"""The grain pipeline: examples to batches of packed rows.
+
+    examples ─shuffle, repeat─> sample history ─> condition ─> render ─> tokenise ─> fit
+      ─first-fit pack─> batch ─> Rows
+
+Everything before packing is a function of (seed, epoch, record index), so the stream is
+the same whoever computes it.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from alignx_jax.data.records import Example
+from alignx_jax.data.rows import PER_EXAMPLE, Regions, assemble, length_struct, make_features
+from alignx_jax.data.tokenizers import Tokenizer
+from alignx_jax.personas.persona import Persona, sample_history
+from alignx_jax.personas.preferences import PreferenceSpace
+from alignx_jax.personas.prompts import (
+  chat_format,
+  prompt_format,
+  render_prompt,
+  render_response,
+)
+
+CONDITIONS = ("persona", "inferred", "golden", "none")
+
+
+class ConditionError(ValueError):
+  """A record lacks what the condition needs, e.g. golden directions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Formatting:
+  """How an example becomes token ids.
+
+  Attributes:
+    chat, prompt: names of the chat and prompt formats (personas/prompts.py).
+    condition: what the policy is conditioned on: the raw `persona` (ICA), P̃ `inferred`
+      from the history or `golden` from the record's label (PBA), or `none`.
+    history: history policy (personas/persona.py).
+  """
+
+  tokenizer: Tokenizer
+  space: PreferenceSpace
+  regions: Regions
+  chat: str
+  prompt: str
+  condition: str
+  history: str = "all"
+
+  def __post_init__(self):
+    if self.condition not in CONDITIONS:
+      raise ValueError(f"No condition {self.condition!r}. There are: {', '.join(CONDITIONS)}.")
+    prompt_format(self.prompt)
+    missing = [
+      t for t in chat_format(self.chat)["special_tokens"] if t not in self.tokenizer.special_ids
+    ]
+    if missing:
+      raise ValueError(
+        f"The tokenizer has no {missing[0]!r}, which the chat format {self.chat!r} needs; "
+        "set config.prompt.chat to this model's format."
+      )
+
+
+def infer_profile(example: Example, persona: Persona, space: PreferenceSpace) -> str:
+  """P̃ as text, inferred from the history shown: the release's bridge.
+
+  The verbalised aggregate of the items' directions; without these the record's
+  precomputed profile.
+
+  Raises:
+    ConditionError: the record has neither.
+  """
+  directions = persona.history_directions()
+  if directions is not None:
+    return space.verbalise(space.aggregate(directions))
+  if example.profile is not None:
+    return example.profile
+  raise ConditionError(
+    f"{example.id}: no history directions and no 'profile' to infer P̃ from; "
+    "use objective 'ica' or add one of them."
+  )
+
+
+def condition_of(example: Example, persona: Persona, formatting: Formatting) -> dict[str, Any]:
+  """The keyword of render_prompt that states the condition."""
+  if formatting.condition == "persona":
+    return {"persona": persona}
+  if formatting.condition == "inferred":
+    return {"profile": infer_profile(example, persona, formatting.space)}
+  if formatting.condition == "golden":
+    if example.directions is None:
+      raise ConditionError(f"{example.id}: no 'Preference Direction', so no golden P̃.")
+    return {"profile": formatting.space.verbalise(example.directions)}
+  return {}
+
+
+def tokenise(
+  example: Example, formatting: Formatting, persona: Persona, **condition
+) -> tuple[list[int], list[int], list[int]] | str:
+  """Token ids of context, chosen and rejected; or why the example does not fit a row.
+
+  A context that is too long drops its oldest history items first. A response or the end
+  of a prompt is never cut.
+
+  Args:
+    condition: as condition_of gives it; computed from `persona` when absent.
+  """
+  tokenizer, regions = formatting.tokenizer, formatting.regions
+  names = {"chat": formatting.chat, "prompt": formatting.prompt}
+  responses = [
+    tokenizer.encode_pieces(render_response(text, **names))
+    for text in (example.chosen, example.rejected)
+  ]
+  if max(map(len, responses)) > regions.response:
+    return "response longer than its region"
+  given = condition or condition_of(example, persona, formatting)
+  while True:
+    ids = tokenizer.encode_pieces(render_prompt(example.post, **names, **given))
+    if prompt_format(formatting.prompt)["bos"]:
+      ids = [tokenizer.bos_id, *ids]
+    if len(ids) - 1 <= regions.context:
+      return ids, *responses
+    shown = given.get("persona")
+    if shown is None or not shown.history:
+      return "context longer than its region"
+    given = {"persona": shown.drop_oldest()}
+
+
+class Counts(collections.Counter):
+  """Examples seen, refused by reason, and history items dropped, of one loader."""
+
+
+@dataclasses.dataclass
+class Loader:
+  """Batches of packed rows from examples.
+
+  Attributes:
+    examples: the data set; the stream is this, shuffled anew each epoch.
+    rows: B, rows of a batch.
+    epochs: passes over the data.
+    seed: of order and history; None keeps the order.
+    bins: rows filled at once by the packer; more pack tighter.
+    reference: response log-probs [stream, N] under the reference, None until computed.
+    counts: refusals so far, by reason; grows as the loader is read.
+  """
+
+  examples: Sequence[Example]
+  formatting: Formatting
+  rows: int
+  epochs: int = 1
+  seed: int | None = None
+  bins: int = 32
+  reference: np.ndarray | None = None
+  counts: Counts = dataclasses.field(default_factory=Counts)
+
+  @property
+  def stream_length(self) -> int:
+    """Examples in the whole stream, refused ones included."""
+    return len(self.examples) * self.epochs
+
+  def features(self, position: int, record: tuple[int, Example]) -> dict | None:
+    """Packer features of the example at a stream position, None if it is refused."""
+    index, example = record
+    epoch = position // len(self.examples)
+    rng = np.random.default_rng([self.seed or 0, epoch, index])
+    persona = sample_history(example.persona, self.formatting.history, rng)
+    ids = tokenise(example, self.formatting, persona)
+    if isinstance(ids, str):
+      self.counts[ids] += 1
+      return None
+    stream_index = epoch * len(self.examples) + index
+    reference = (0.0, 0.0) if self.reference is None else self.reference[stream_index]
+    return make_features(*ids, index=stream_index, reference=reference)
+
+  def dataset(self) -> grain.IterDataset:
+    """A grain dataset of Rows whose iterator can be checkpointed."""
+    data = grain.MapDataset.source(list(enumerate(self.examples)))
+    if self.seed is not None:
+      data = data.shuffle(seed=self.seed)
+    data = data.repeat(self.epochs).map_with_index(self.features)
+    data = data.filter(lambda features: features is not None)
+    packed = grain.experimental.FirstFitPackIterDataset(
+      data.to_iter_dataset(),
+      length_struct=length_struct(self.formatting.regions),
+      num_packing_bins=max(self.bins, self.rows),
+      meta_features=PER_EXAMPLE,
+      seed=self.seed or 0,
+      shuffle_bins=self.seed is not None,
+    )
+    return packed.batch(self.rows, drop_remainder=False).map(
+      lambda batch: assemble(batch, rows=self.rows)
+    )

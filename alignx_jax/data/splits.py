@@ -1,0 +1,65 @@
+"""Which examples train and which test, for simulated users and for JSON lists."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from alignx_jax.data.records import Example, parse_record, read_examples
+from alignx_jax.personas.preferences import PreferenceSpace
+from alignx_jax.personas.simulator import simulate_record
+
+
+def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, list[Example]]:
+  """{"train": …, "test": …} of config.data.
+
+  Raises:
+    FileNotFoundError, ValueError: the file, record or field at fault and what to do.
+  """
+  if config.path == "simulated":
+    sizes = {"train": config.train_records, "test": config.test_records}
+    for split, size in sizes.items():
+      if not size:
+        raise ValueError(f"Simulated data has no end; set config.data.{split}_records.")
+    return {
+      split: simulated_examples(size, split=split, space=space, seed=seed)
+      for split, size in sizes.items()
+    }
+  if not config.path:
+    raise ValueError("config.data.path is empty; set it to a JSON list of records.")
+  examples = read_examples(config.path, space)
+  splits = split_by_post(examples, test_share=config.test_share, seed=seed)
+  splits["train"] = splits["train"][: config.train_records]
+  splits["test"] = splits["test"][: config.test_records]
+  return splits
+
+
+def simulated_examples(
+  size: int, *, split: str, space: PreferenceSpace, seed: int
+) -> list[Example]:
+  """The first `size` simulated users of a split, one example each."""
+  indices = tqdm(range(size), desc=f"simulating {split}", unit="user", mininterval=1.0)
+  return [
+    parse_record(simulate_record(i, split=split, seed=seed), space, f"simulated_{split}:{i}")
+    for i in indices
+  ]
+
+
+def split_by_post(
+  examples: Sequence[Example], *, test_share: float, seed: int
+) -> dict[str, list[Example]]:
+  """Splits so that no test post is seen in training, neither as a post nor in a history.
+
+  Posts that occur in anyone's history go to training, so that the histories of training
+  cannot hold a test pair; of the rest a seeded choice goes to test, up to `test_share` of
+  all posts.
+  """
+  posts = list(dict.fromkeys(example.post for example in examples))
+  shown = {item.post for example in examples for item in example.persona.history}
+  eligible = sorted(set(posts) - shown)
+  count = min(round(test_share * len(posts)), len(eligible))
+  test = set(np.random.default_rng(seed).permutation(eligible)[:count].tolist())
+  return {
+    "train": [e for e in examples if e.post not in test],
+    "test": [e for e in examples if e.post in test],
+  }

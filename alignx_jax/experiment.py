@@ -1,0 +1,169 @@
+"""What a config stands for: model, data and formatting; trained and evaluated."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from alignx_jax.data.loader import Formatting, Loader
+from alignx_jax.data.records import Example
+from alignx_jax.data.rows import Regions
+from alignx_jax.data.splits import load_splits
+from alignx_jax.data.tokenizers import Tokenizer, load_tokenizer
+from alignx_jax.evaluation.accuracy import (
+  Scorer,
+  evaluate_base,
+  evaluate_policy,
+  length_control,
+)
+from alignx_jax.models.decoder import Decoder
+from alignx_jax.models.presets import get_architecture
+from alignx_jax.models.pretrained import find_weights, load_decoder
+from alignx_jax.personas.preferences import alignx_space
+from alignx_jax.training import mesh as meshes
+from alignx_jax.training.checkpoints import Checkpoints
+from alignx_jax.training.loop import TrainResult, scorer, train, write_config
+
+# The condition that each objective trains on.
+OBJECTIVES = {"ica": "persona", "pba": "inferred"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Everything that a config names, loaded.
+
+  Attributes:
+    model: the base: start of the policy and frozen reference.
+    formatting: as the policy is trained.
+  """
+
+  config: object
+  model: Decoder
+  formatting: Formatting
+  train: list[Example]
+  test: list[Example]
+
+  def with_objective(self, name: str) -> "Experiment":
+    """The same model and data under another objective."""
+    config = self.config.copy_and_resolve_references()
+    config.objective.name = name
+    formatting = dataclasses.replace(self.formatting, condition=OBJECTIVES[name])
+    return dataclasses.replace(self, config=config, formatting=formatting)
+
+
+def load_experiment(config) -> Experiment:
+  """Loads what a config names.
+
+  Raises:
+    FileNotFoundError, ValueError: what does not exist or fit, and the field to set.
+  """
+  if config.objective.name not in OBJECTIVES:
+    raise ValueError(
+      f"No objective {config.objective.name!r}; set config.objective.name to "
+      f"{' or '.join(OBJECTIVES)}."
+    )
+  tokenizer, model = load_tokenizer_and_model(config)
+  space = alignx_space()
+  splits = load_splits(config.data, space, seed=config.seed)
+  formatting = Formatting(
+    tokenizer=tokenizer,
+    space=space,
+    regions=Regions(**config.regions),
+    chat=config.prompt.chat,
+    prompt=config.prompt.format,
+    condition=OBJECTIVES[config.objective.name],
+    history=config.data.history,
+  )
+  return Experiment(config, model, formatting, splits["train"], splits["test"])
+
+
+def load_tokenizer_and_model(config) -> tuple[Tokenizer, Decoder]:
+  """The tokenizer and the base model of config.model.
+
+  Raises:
+    ValueError: the tokenizer has ids that the model has no embedding for.
+  """
+  options = {
+    name: config.model[name] for name in ("param_dtype", "compute_dtype", "remat")
+  }
+  weights = config.model.weights
+  if not weights:
+    raise ValueError("config.model.weights is empty; set it to a model or 'preset:NAME'.")
+  if weights.startswith("preset:"):
+    arch = get_architecture(weights.removeprefix("preset:"))
+    model = Decoder(arch, rngs=nnx.Rngs(config.seed), **options)
+    beside = "bytes"
+  else:
+    beside = find_weights(weights)
+    model = load_decoder(beside, **options)
+  tokenizer = load_tokenizer(config.model.tokenizer or beside)
+  if tokenizer.vocab_size > model.arch.vocab_size:
+    raise ValueError(
+      f"The tokenizer has {tokenizer.vocab_size} ids and the model {weights} embeds "
+      f"{model.arch.vocab_size}; set config.model.tokenizer to the model's own."
+    )
+  return tokenizer, model
+
+
+def run_training(experiment: Experiment, workdir: Path) -> TrainResult:
+  """Trains as the config says; again resumes."""
+  config = experiment.config
+  write_config(config, workdir)
+  loader = Loader(
+    experiment.train,
+    experiment.formatting,
+    rows=config.train.rows,
+    epochs=config.train.epochs,
+    seed=config.seed,
+  )
+  return train(config, workdir, model=experiment.model, loader=loader)
+
+
+def base_scorer(experiment: Experiment) -> Scorer:
+  """Scores of the untrained base on the test pairs."""
+  return _scorer(experiment, "base", nnx.state(experiment.model))
+
+
+def base_results(experiment: Experiment, base: Scorer, objectives) -> list[dict]:
+  """Rows of results.json that need no training: the length control and the base."""
+  return [length_control(experiment.test), *evaluate_base(base, objectives)]
+
+
+def policy_results(experiment: Experiment, params: nnx.State, base: Scorer) -> list[dict]:
+  """Rows of results.json of trained parameters, with their controls."""
+  name = experiment.config.objective.name
+  policy = _scorer(experiment, name, params)
+  return evaluate_policy(name, policy, base, protocols=experiment.config.eval.protocols)
+
+
+def evaluate_alone(experiment: Experiment, params: nnx.State) -> list[dict]:
+  """All rows of results.json for one run: controls, base and policy."""
+  base = base_scorer(experiment)
+  rows = base_results(experiment, base, [experiment.config.objective.name])
+  return rows + policy_results(experiment, params, base)
+
+
+def trained_params(experiment: Experiment, workdir: Path) -> nnx.State:
+  """Parameters of a workdir's newest checkpoint.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  checkpoints = Checkpoints(workdir, keep=1)
+  step = checkpoints.latest_step()
+  if step is None:
+    raise FileNotFoundError(f"{workdir} has no checkpoint; train there first.")
+  params = checkpoints.restore_params(step, nnx.state(experiment.model))
+  checkpoints.close()
+  return params
+
+
+def _scorer(experiment: Experiment, name: str, params: nnx.State) -> Scorer:
+  config = experiment.config
+  mesh = meshes.make_mesh(config.train.devices or None)
+  params = jax.device_put(params, meshes.param_shardings(params, mesh))
+  log_probs = scorer(
+    experiment.model, params, mesh, rows=config.eval.rows, chunk=config.train.head_chunk
+  )
+  return Scorer(name, log_probs, experiment.test, experiment.formatting, config.eval.rows)

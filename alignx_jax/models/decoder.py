@@ -1,0 +1,148 @@
+"""The Llama-family decoder: tokens to hidden states. The head is applied elsewhere."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from alignx_jax.models.attention import packed_attention, rotary_tables, rotate
+from alignx_jax.models.presets import Architecture
+
+
+class Block(nnx.Module):
+  """All layers at once: every parameter has a leading axis of layers, which is scanned."""
+
+  def __init__(self, arch: Architecture, *, param_dtype, rngs: nnx.Rngs):
+    D, H, K, A, F = arch.width, arch.heads, arch.kv_heads, arch.head_width, arch.feed_forward
+
+    def normal(*shape, scale=0.02):
+      value = scale * jax.random.normal(rngs.params(), (arch.layers, *shape), jnp.float32)
+      return nnx.Param(value.astype(param_dtype))
+
+    def constant(value, *shape):
+      return nnx.Param(jnp.full((arch.layers, *shape), value, param_dtype))
+
+    # Residual outputs start smaller so that the stream's variance does not grow with depth.
+    out_scale = 0.02 / (2 * arch.layers) ** 0.5
+    self.attention_norm_D = constant(1, D)
+    self.q_DHA = normal(D, H, A)
+    self.k_DKA = normal(D, K, A)
+    self.v_DKA = normal(D, K, A)
+    if arch.attention_bias:
+      self.q_bias_HA = constant(0, H, A)
+      self.k_bias_KA = constant(0, K, A)
+      self.v_bias_KA = constant(0, K, A)
+    self.o_HAD = normal(H, A, D, scale=out_scale)
+    self.mlp_norm_D = constant(1, D)
+    self.gate_DF = normal(D, F)
+    self.up_DF = normal(D, F)
+    self.down_FD = normal(F, D, scale=out_scale)
+
+  def __call__(self, x_BLD, *, arch: Architecture, tables, segments_BL, response: int):
+    """One layer (the leading axis scanned away): [B, L, D] to [B, L, D]."""
+    dtype = x_BLD.dtype
+
+    def weight(name):
+      return getattr(self, name)[...].astype(dtype)
+
+    def heads(x, name, bias):
+      y = project(x, weight(name))
+      return y + weight(bias) if arch.attention_bias else y
+
+    normed = rms_norm(x_BLD, self.attention_norm_D[...], arch.norm_epsilon)
+    mixed_BLHA = packed_attention(
+      rotate(heads(normed, "q_DHA", "q_bias_HA"), tables),
+      rotate(heads(normed, "k_DKA", "k_bias_KA"), tables),
+      heads(normed, "v_DKA", "v_bias_KA"),
+      segments_BL,
+      response=response,
+    )
+    x_BLD = x_BLD + project(mixed_BLHA, weight("o_HAD"), inputs=2)
+    normed = rms_norm(x_BLD, self.mlp_norm_D[...], arch.norm_epsilon)
+    gated_BLF = jax.nn.silu(project(normed, weight("gate_DF"))) * project(normed, weight("up_DF"))
+    return x_BLD + project(gated_BLF, weight("down_FD"))
+
+
+class Decoder(nnx.Module):
+  """Token ids to final hidden states.
+
+  Attributes:
+    embedding_VD: the embedding table, also the head when `arch.tied`.
+    head_VD: the untied head, absent when tied; read the head through `head`.
+  """
+
+  def __init__(
+    self,
+    arch: Architecture,
+    *,
+    rngs: nnx.Rngs,
+    param_dtype=jnp.float32,
+    compute_dtype=jnp.float32,
+    remat: bool = True,
+  ):
+    self.arch = arch
+    self.compute_dtype = jnp.dtype(compute_dtype)
+    self.remat = remat
+
+    def table():
+      value = 0.02 * jax.random.normal(rngs.params(), (arch.vocab_size, arch.width), jnp.float32)
+      return nnx.Param(value.astype(param_dtype))
+
+    self.embedding_VD = table()
+    self.blocks = Block(arch, param_dtype=param_dtype, rngs=rngs)
+    self.final_norm_D = nnx.Param(jnp.ones((arch.width,), param_dtype))
+    if not arch.tied:
+      self.head_VD = table()
+
+  @property
+  def head(self):
+    """The head's weights [V, D] in the type they are stored in."""
+    return (self.embedding_VD if self.arch.tied else self.head_VD)[...]
+
+  def __call__(self, tokens_BL, positions_BL, segments_BL, *, response: int = 0):
+    """Final hidden states [B, L, D], normalised, in the compute type.
+
+    Args:
+      tokens_BL: token ids.
+      positions_BL: rotary position of each token within its example.
+      segments_BL: the example each token belongs to; 0 is padding.
+      response: R, the size of the two response regions at the row's end; 0 for a plain
+        causal sequence.
+    """
+    x_BLD = jnp.take(self.embedding_VD[...], tokens_BL, axis=0).astype(self.compute_dtype)
+    graph, layers = nnx.split(self.blocks)
+    apply = functools.partial(
+      _apply_layer,
+      graph,
+      arch=self.arch,
+      tables=rotary_tables(positions_BL, self.arch),
+      segments_BL=segments_BL,
+      response=response,
+    )
+    x_BLD, _ = jax.lax.scan(jax.checkpoint(apply) if self.remat else apply, x_BLD, layers)
+    return rms_norm(x_BLD, self.final_norm_D[...], self.arch.norm_epsilon)
+
+
+def _apply_layer(graph, x_BLD, layer, **kwargs):
+  return nnx.merge(graph, layer)(x_BLD, **kwargs), None
+
+
+def project(x, weight, *, inputs: int = 1):
+  """Contracts the last `inputs` axes of x [B, L, …] with the first ones of the weight.
+
+  As one matrix product over B · L tokens: with B and L apart, XLA's CPU backend
+  transposes the activations for every weight gradient, which doubles a layer's time.
+  """
+  B, L = x.shape[:2]
+  size = math.prod(weight.shape[:inputs])
+  flat = x.reshape(B * L, size) @ weight.reshape(size, -1)
+  return flat.reshape(B, L, *weight.shape[inputs:])
+
+
+def rms_norm(x, scale_D, epsilon: float):
+  """Root-mean-square norm (Zhang and Sennrich 2019) in float32, back to x's type."""
+  wide = x.astype(jnp.float32)
+  wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+  return wide.astype(x.dtype) * scale_D.astype(x.dtype)

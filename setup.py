@@ -1,0 +1,41 @@
+"""Package metadata. Ranges are those the test suite was run with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+  "gguf": ["gguf>=0.17,<1"],
+  "tpu": ["libtpu>=0.0.42"],
+}
+EXTRAS["test"] = [*EXTRAS["gguf"], "hypothesis>=6.100", "pytest>=8", "ruff>=0.14"]
+
+setup(
+  name="alignx_jax",
+  version="0.1.0",
+  description="Language models aligned to each user, in JAX",
+  long_description=Path("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["alignx_jax", "alignx_jax.*"]),
+  package_data={
+    "alignx_jax.personas": ["*.json"],
+    "alignx_jax.models": ["simulated_base/*"],
+  },
+  install_requires=[
+    "absl-py>=2.1",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "jax>=0.10.2,<0.11",
+    "ml-collections>=1.1,<2",
+    "numpy>=2",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "safetensors>=0.5",
+    "tensorboardX>=2.6",
+    "tokenizers>=0.21",
+    "tqdm>=4.66",
+  ],
+  extras_require=EXTRAS,
+)

@@ -1,0 +1,196 @@
+"""Simulated users: what their texts say is what their labels say, and nothing else tells."""
+
+import collections
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignx_jax.data.records import COMMENTS, DESCRIPTION, DIRECTIONS, PAIRS, parse_record
+from alignx_jax.personas import simulator
+from alignx_jax.personas.preferences import alignx_space
+from alignx_jax.personas.prompts import text_of
+from alignx_jax.personas.simulator import (
+  SPLITS,
+  SimulatorConfig,
+  simulate_document,
+  simulate_record,
+  simulate_user,
+)
+
+WORDING = json.loads(
+  Path(simulator.__file__).with_name("simulated_phrases.json").read_text(encoding="utf-8")
+)
+POLE_OF = {
+  phrase: (dimension, float(pole == "positive"))
+  for dimension, poles in enumerate(WORDING["phrases"])
+  for pole, phrases in poles.items()
+  for phrase in phrases
+}
+
+
+def poles_of(text):
+  """{dimension: direction} that a text expresses, read back with the wording file."""
+  assert text.endswith(".")
+  poles = {}
+  for sentence in text[:-1].split(". "):
+    words = sentence.split(" ")
+    # A sentence is one or two words and a phrase.
+    phrases = [tail for k in (1, 2) if (tail := " ".join(words[k:])) in POLE_OF]
+    assert len(phrases) == 1, sentence
+    dimension, direction = POLE_OF[phrases[0]]
+    assert dimension not in poles
+    poles[dimension] = direction
+  return poles
+
+
+def labels_of(item):
+  return {i: float(d) for i, d in enumerate(item[DIRECTIONS]) if d != 0.5}
+
+
+def user_of(record):
+  """{dimension: direction} of the record's user, read back from the description."""
+  said = record[DESCRIPTION].removeprefix("Someone of whom friends say: ").removesuffix(".")
+  directions_P = alignx_space().parse(said)
+  return {int(i): directions_P[i] for i in np.flatnonzero(directions_P != 0.5)}
+
+
+@pytest.fixture(scope="module")
+def records():
+  return [simulate_record(i, split="train", seed=1) for i in range(150)]
+
+
+def test_every_phrase_has_one_pole():
+  phrases = [p for poles in WORDING["phrases"] for texts in poles.values() for p in texts]
+  assert len(WORDING["phrases"]) == len(alignx_space())
+  assert len(POLE_OF) == len(phrases)
+
+
+def test_a_record_is_the_same_whatever_was_drawn_before(records):
+  for index in (140, 3, 77, 3):
+    assert simulate_record(index, split="train", seed=1) == records[index]
+  assert simulate_record(3, split="train", seed=2) != records[3]
+  assert len({json.dumps(record) for record in records}) == len(records)
+
+
+def test_splits_share_no_user():
+  users = [simulate_user(i, split=split, seed=0) for split in SPLITS for i in range(60)]
+  assert len({user.directions.tobytes() for user in users}) == len(users)
+  assert len({str(user.rng.bit_generator.state) for user in users}) == len(users)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_records_follow_the_schema(split):
+  config = SimulatorConfig(comments=(0, 3), pairs=(1, 2))
+  numbers = set()
+  for index in range(40):
+    record = simulate_record(index, split=split, seed=0, config=config)
+    example = parse_record(json.loads(json.dumps(record)), alignx_space(), f"{split}:{index}")
+    numbers.add((len(example.persona.comments), len(example.persona.pairs)))
+    assert example.directions is not None and example.persona.history_directions() is not None
+    assert 3 <= len(user_of(record)) <= 5
+  assert numbers == {(comments, pairs) for comments in range(4) for pairs in (1, 2)}
+
+
+def test_chosen_and_rejected_express_opposite_poles_of_the_labelled_dimensions(records):
+  noisy = 0
+  for record in records:
+    user = user_of(record)
+    for pair in [record, *record[PAIRS]]:
+      labels = labels_of(pair)
+      chosen, rejected = poles_of(pair["chosen"]), poles_of(pair["rejected"])
+      assert 2 <= len(labels) <= 3
+      assert labels.items() <= user.items()
+      assert labels == {d: chosen[d] for d in labels} == {d: 1 - rejected[d] for d in labels}
+      assert chosen.keys() == rejected.keys()
+      assert user.keys().isdisjoint(chosen.keys() - labels.keys())
+      noisy += len(chosen) > len(labels)
+  assert 0.4 < noisy / (5 * len(records)) < 0.6
+
+
+def test_comments_express_their_labels_and_the_labels_are_the_users(records):
+  for record in records:
+    user = user_of(record)
+    assert len(record[COMMENTS]) == 4
+    for comment in record[COMMENTS]:
+      labels, expressed = labels_of(comment), poles_of(comment["comment"])
+      assert 2 <= len(labels) <= 3
+      assert labels.items() <= user.items()
+      assert labels.items() <= expressed.items()
+      assert user.keys().isdisjoint(expressed.keys() - labels.keys())
+
+
+def test_the_history_tells_most_of_what_the_pair_turns_on(records):
+  told = total = 0
+  for record in records:
+    seen = {d for item in record[COMMENTS] + record[PAIRS] for d in labels_of(item)}
+    told += len(labels_of(record).keys() & seen)
+    total += len(labels_of(record))
+  assert told / total > 0.95
+
+
+@pytest.fixture(scope="module")
+def bare_pairs():
+  config = SimulatorConfig(comments=(0, 0), pairs=(0, 0))
+  return [simulate_record(i, split="test", seed=0, config=config) for i in range(2000)]
+
+
+@pytest.mark.parametrize("length", [len, lambda text: len(text.split())], ids=["letters", "words"])
+def test_length_tells_nothing(bare_pairs, length):
+  difference = [length(pair["chosen"]) - length(pair["rejected"]) for pair in bare_pairs]
+  assert 0.47 < np.mean(np.sign(difference) / 2 + 0.5) < 0.53
+  assert np.count_nonzero(difference) > 1000
+
+
+def test_no_pole_is_liked_by_all(bare_pairs):
+  directions = [d for pair in bare_pairs for d in labels_of(pair).values()]
+  assert 0.47 < np.mean(directions) < 0.53
+  noise = [
+    (poles_of(pair["chosen"])[d], poles_of(pair["rejected"])[d])
+    for pair in bare_pairs
+    for d in poles_of(pair["chosen"]).keys() - labels_of(pair).keys()
+  ]
+  shares = np.mean([[chosen, rejected, chosen == rejected] for chosen, rejected in noise], axis=0)
+  np.testing.assert_allclose(shares, 0.5, atol=0.06)  # about 1000 of them
+
+
+def test_base_documents_teach_no_alignment():
+  kinds = collections.Counter()
+  for index in range(400):
+    pieces = simulate_document(index, seed=0)
+    text = text_of(pieces)
+    assert "Chosen" not in text and "Rejected" not in text
+    assert pieces[-1] == ("<|im_end|>", "template")
+    if "assistant" in text:
+      kinds["chat"] += 1
+      prompt, reply = text.split("<|im_start|>assistant\n")
+      head, post = prompt.split("Post: ")
+      assert head == "<|im_start|>system\nReply to the post.<|im_end|>\n<|im_start|>user\n"
+      assert post.removesuffix("<|im_end|>\n") in WORDING["posts"]
+      assert poles_of(reply.removesuffix("<|im_end|>"))
+      continue
+    assert "<|im_start|>" not in text
+    head, *comments = text.removesuffix("\n\n<|im_end|>").split("Post: ")
+    stated = head.removeprefix("Preferences: ").strip()
+    kinds["described" if stated else "author"] += 1
+    poles = collections.defaultdict(list)
+    for comment in comments:
+      post, said = comment.strip().split("\nComment: ")
+      assert post in WORDING["posts"]
+      for dimension, direction in poles_of(said).items():
+        poles[dimension].append(direction)
+    if stated:
+      profile_P = alignx_space().parse(stated)
+      held = {d: values for d, values in poles.items() if profile_P[d] != 0.5}
+      assert held
+      assert all(set(values) == {profile_P[d]} for d, values in held.items())
+  assert kinds.total() == 400
+  assert all(kinds[kind] > 30 for kind in ("author", "described", "chat"))
+
+
+def test_base_authors_are_no_user_of_another_split():
+  # A document is by user `index` of the base split: the other splits have other users.
+  base = {simulate_user(i, split="base", seed=0).directions.tobytes() for i in range(200)}
+  others = {simulate_user(i, split="test", seed=0).directions.tobytes() for i in range(200)}
+  assert base.isdisjoint(others)

