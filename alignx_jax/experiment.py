@@ -84,9 +84,7 @@ def load_tokenizer_and_model(config) -> tuple[Tokenizer, Decoder]:
   Raises:
     ValueError: the tokenizer has ids that the model has no embedding for.
   """
-  options = {
-    name: config.model[name] for name in ("param_dtype", "compute_dtype", "remat")
-  }
+  options = {name: config.model[name] for name in ("param_dtype", "compute_dtype", "remat")}
   weights = config.model.weights
   if not weights:
     raise ValueError("config.model.weights is empty; set it to a model or 'preset:NAME'.")

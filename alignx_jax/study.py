@@ -75,8 +75,7 @@ def _one_user(experiment) -> tuple[str, list[str]]:
   example = experiment.test[0]
   lines = [f"Asked “{c.post}” they wrote: {c.comment}" for c in example.persona.comments]
   lines += [
-    f"Asked “{p.post}” they preferred “{p.chosen}” to “{p.rejected}”"
-    for p in example.persona.pairs
+    f"Asked “{p.post}” they preferred “{p.chosen}” to “{p.rejected}”" for p in example.persona.pairs
   ]
   profile = infer_profile(example, example.persona, experiment.formatting.space)
   return "One simulated test user", [

@@ -15,8 +15,13 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 def result(policy="ica", condition="persona", protocol="matched", accuracy=0.862, **more):
   interval = {"low": accuracy - 0.031, "high": accuracy + 0.028}
   return {
-    "policy": policy, "condition": condition, "protocol": protocol, "accuracy": accuracy,
-    **interval, "examples": 512, **more,
+    "policy": policy,
+    "condition": condition,
+    "protocol": protocol,
+    "accuracy": accuracy,
+    **interval,
+    "examples": 512,
+    **more,
   }
 
 
@@ -63,7 +68,8 @@ class Page(HTMLParser):
 
   def find(self, tag, word=None):
     return [
-      (attrs, text) for name, attrs, text in self.elements
+      (attrs, text)
+      for name, attrs, text in self.elements
       if name == tag and (word is None or word in attrs.get("class", "").split())
     ]
 
@@ -72,8 +78,13 @@ class Page(HTMLParser):
 def page(tmp_path):
   def write(**changes):
     values = {
-      "title": "A title", "summary": "A summary.", "results": RESULTS, "curves": CURVES,
-      "config": {"beta": 0.1}, "command": "python -m alignx_jax.study", "versions": {"jax": "1"},
+      "title": "A title",
+      "summary": "A summary.",
+      "results": RESULTS,
+      "curves": CURVES,
+      "config": {"beta": 0.1},
+      "command": "python -m alignx_jax.study",
+      "versions": {"jax": "1"},
     }
     report.write_report(tmp_path / "report.html", **values | changes)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -107,8 +118,14 @@ def test_all_text_is_escaped(page):
   evil = "<script>alert('1')</script>\"&\udc00"
   plain, _ = page()
   text, parsed = page(
-    title=evil, summary=evil, results=[result(evil, evil, evil)], curves={evil: CURVES["ica"]},
-    config={evil: evil}, command=evil, versions={evil: evil}, sections=[(evil, [evil])],
+    title=evil,
+    summary=evil,
+    results=[result(evil, evil, evil)],
+    curves={evil: CURVES["ica"]},
+    config={evil: evil},
+    command=evil,
+    versions={evil: evil},
+    sections=[(evil, [evil])],
   )
   assert "<script" not in text
   assert not parsed.find("script")
@@ -127,7 +144,8 @@ def test_bars_are_proportional_to_accuracy(page):
   assert [bar["class"].split()[1] for bar in bars] == [r["policy"] for r in RESULTS]
   spans = [
     (float(a["x1"].rstrip("%")), float(a["x2"].rstrip("%")))
-    for a, _ in parsed.find("line", "whisker") if a["x1"] != a["x2"]
+    for a, _ in parsed.find("line", "whisker")
+    if a["x1"] != a["x2"]
   ]
   expected = [(100 * r["low"], 100 * r["high"]) for r in RESULTS]
   assert [x for span in spans for x in span] == pytest.approx(

@@ -13,15 +13,15 @@ from alignx_jax.data.tokenizers import BYTES_SPECIALS, load_tokenizer, train_bpe
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = ["The cat sat on the mat, and the cat ate 1234 fish.\n", "naïve café 😀 the theme"] * 5
 TEXTS = [
-    "",
-    " ",
-    "Hello world",
-    "  two  spaces\n\n\tand a tab \r\n",
-    "In 2024, 12345 of 67.",
-    "naïve café, 東京, Привет, שלום",
-    "😀 👩‍👩‍👧 🇯🇵",
-    "e\u0301 is not é",
-    "don't, I'LL\u00a0stop…",
+  "",
+  " ",
+  "Hello world",
+  "  two  spaces\n\n\tand a tab \r\n",
+  "In 2024, 12345 of 67.",
+  "naïve café, 東京, Привет, שלום",
+  "😀 👩‍👩‍👧 🇯🇵",
+  "e\u0301 is not é",
+  "don't, I'LL\u00a0stop…",
 ]
 
 
@@ -68,8 +68,10 @@ def edited(directory, target, edit):
 
 def chat(user):
   return [
-      ("<|im_start|>user\n", "template"), (user, "user"),
-      ("<|im_end|>\n<|im_start|>assistant\n", "template")]
+    ("<|im_start|>user\n", "template"),
+    (user, "user"),
+    ("<|im_end|>\n<|im_start|>assistant\n", "template"),
+  ]
 
 
 # Every vocabulary.
@@ -99,14 +101,20 @@ def test_text_of_a_special_token_stays_text(tokenizer):
 
 
 def test_a_special_token_does_not_form_across_pieces(tokenizer):
-  ids = tokenizer.encode_pieces([("<|im_", "user"), ("end|>", "template"), ("<|im_end", "template"),
-                                 ("|>", "user")])
+  ids = tokenizer.encode_pieces(
+    [("<|im_", "user"), ("end|>", "template"), ("<|im_end", "template"), ("|>", "user")]
+  )
   assert ids == tokenizer.encode("<|im_end|><|im_end|>")
 
 
 def test_text_between_specials_is_one_string(tokenizer):
-  pieces = [("<|im_start|>Hel", "template"), ("lo wor", "user"), ("ld", "template"), ("!", "user"),
-            ("<|im_end|>", "template")]
+  pieces = [
+    ("<|im_start|>Hel", "template"),
+    ("lo wor", "user"),
+    ("ld", "template"),
+    ("!", "user"),
+    ("<|im_end|>", "template"),
+  ]
   start, end = tokenizer.special_ids["<|im_start|>"], tokenizer.special_ids["<|im_end|>"]
   assert tokenizer.encode_pieces(pieces) == [start, *tokenizer.encode("Hello world!"), end]
   assert tokenizer.encode_pieces([]) == []
@@ -174,7 +182,8 @@ def test_a_special_that_strips_whitespace_does_so_across_pieces(trained_dir, tmp
 def test_added_tokens_belong_to_templates_even_if_not_special(trained_dir, tmp_path):
   tool = {"id": 300, "content": "<tool_call>", "special": False}
   tokenizer = load_tokenizer(
-      edited(trained_dir, tmp_path, lambda spec: spec["added_tokens"].append(tool)))
+    edited(trained_dir, tmp_path, lambda spec: spec["added_tokens"].append(tool))
+  )
   assert tokenizer.vocab_size == 301
   assert tokenizer.encode_pieces([("<tool_call>", "template")]) == [300]
   assert 300 not in tokenizer.encode("<tool_call>")
@@ -183,6 +192,7 @@ def test_added_tokens_belong_to_templates_even_if_not_special(trained_dir, tmp_p
 @pytest.mark.parametrize("ignore_merges", [False, True])
 def test_no_path_of_the_model_leads_to_a_special(trained_dir, tmp_path, ignore_merges):
   """A whole word by `ignore_merges`, a merge, and the unknown token: all three are cut."""
+
   def tempt(spec):
     spec["pre_tokenizer"]["use_regex"] = False
     spec["model"]["vocab"] |= {"###": 300, "##": 301}
@@ -201,7 +211,8 @@ def test_no_path_of_the_model_leads_to_a_special(trained_dir, tmp_path, ignore_m
 def test_of_two_specials_that_begin_alike_the_longer_is_meant(trained_dir, tmp_path):
   added = [{"id": 300 + i, "content": "<tool" + "s" * i, "special": True} for i in range(3)]
   tokenizer = load_tokenizer(
-      edited(trained_dir, tmp_path, lambda spec: spec["added_tokens"].extend(added)))
+    edited(trained_dir, tmp_path, lambda spec: spec["added_tokens"].extend(added))
+  )
   assert tokenizer.encode_pieces([("<toolss<tool<tools", "template")]) == [302, 300, 301]
 
 
@@ -210,7 +221,8 @@ def test_an_added_token_that_merges_reach_is_ordinary(trained_dir, tmp_path):
   (the,) = tokenizer.encode(" the")
   added = {"id": the, "content": "Ġthe", "special": False}
   other = load_tokenizer(
-      edited(trained_dir, tmp_path, lambda spec: spec["added_tokens"].append(added)))
+    edited(trained_dir, tmp_path, lambda spec: spec["added_tokens"].append(added))
+  )
   assert other.special_ids == tokenizer.special_ids
   assert other.encode(" the") == [the]
 
@@ -219,7 +231,8 @@ def test_post_processor_truncation_and_padding_are_off(trained_dir, tmp_path):
   def dress(spec):
     whole = hf.Tokenizer.from_str(json.dumps(spec))
     whole.post_processor = hf.processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+      single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     whole.enable_truncation(4)
     whole.enable_padding(length=64)
     spec |= json.loads(whole.to_str())
@@ -231,7 +244,8 @@ def test_post_processor_truncation_and_padding_are_off(trained_dir, tmp_path):
 
 def test_the_normalizer_is_kept(trained_dir, tmp_path):
   nfc = load_tokenizer(
-      edited(trained_dir, tmp_path, lambda spec: spec.update(normalizer={"type": "NFC"})))
+    edited(trained_dir, tmp_path, lambda spec: spec.update(normalizer={"type": "NFC"}))
+  )
   assert nfc.encode("cafe\u0301") == nfc.encode("café")
 
 
@@ -251,21 +265,30 @@ def test_the_fingerprint_follows_what_changes_ids(trained_dir, tmp_path):
   assert fingerprint(merges_as_strings) == same
   assert fingerprint(lambda spec: spec.update(truncation=None)) == same
   changed = [
-      fingerprint(swap_merges),
-      fingerprint(lambda spec: spec.update(normalizer={"type": "NFC"})),
-      fingerprint(lambda spec: spec["pre_tokenizer"].update(use_regex=False)),
-      fingerprint(lambda spec: spec["added_tokens"][0].update(content="<|other|>"), bos=0),
-      fingerprint(lambda spec: None, eos=1),
+    fingerprint(swap_merges),
+    fingerprint(lambda spec: spec.update(normalizer={"type": "NFC"})),
+    fingerprint(lambda spec: spec["pre_tokenizer"].update(use_regex=False)),
+    fingerprint(lambda spec: spec["added_tokens"][0].update(content="<|other|>"), bos=0),
+    fingerprint(lambda spec: None, eos=1),
   ]
   assert len({same, *changed}) == 1 + len(changed)
 
 
-@pytest.mark.parametrize("files, bos, eos", [
-    ({"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}, "bos_token": None},
-      "config.json": {"bos_token_id": 0, "eos_token_id": 1}}, None, 2),
+@pytest.mark.parametrize(
+  "files, bos, eos",
+  [
+    (
+      {
+        "tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}, "bos_token": None},
+        "config.json": {"bos_token_id": 0, "eos_token_id": 1},
+      },
+      None,
+      2,
+    ),
     ({"generation_config.json": {"eos_token_id": [1]}, "config.json": {"bos_token_id": 0}}, 0, 1),
     ({"config.json": {"eos_token_id": 2}}, None, 2),
-])
+  ],
+)
 def test_bos_and_eos_come_from_the_files_beside(trained_dir, tmp_path, files, bos, eos):
   (tmp_path / "tokenizer.json").write_text((trained_dir / "tokenizer.json").read_text())
   for name, content in files.items():
@@ -294,10 +317,15 @@ def test_errors_name_the_file_and_the_remedy(trained_dir, tmp_path):
   fails("[]", "a JSON list, not an object")
   fails('{"architectures": []}', "no model.vocab")
   fails('{"model": {"type": "Unigram", "vocab": []}}', "Unigram model: only BPE")
-  fails('{"model": {"vocab": {}, "merges": []}, "pre_tokenizer": {"prepend_scheme": "first"}}',
-        'prepend_scheme "first", which is not supported')
-  fails('{"model": {"type": "BPE", "vocab": {"<e>": 0, "bc": 1}, "merges": [["b", "c"]]}}',
-        "not a vocabulary that `tokenizers` can read", eos=0)
+  fails(
+    '{"model": {"vocab": {}, "merges": []}, "pre_tokenizer": {"prepend_scheme": "first"}}',
+    'prepend_scheme "first", which is not supported',
+  )
+  fails(
+    '{"model": {"type": "BPE", "vocab": {"<e>": 0, "bc": 1}, "merges": [["b", "c"]]}}',
+    "not a vocabulary that `tokenizers` can read",
+    eos=0,
+  )
   fails(text, "names no end-of-sequence token: pass eos=")
   fails(text, r"eos '<\|nope\|>' is not in the vocabulary", eos="<|nope|>")
   fails(text, "eos 999 is not in the vocabulary", eos=999)
@@ -348,12 +376,15 @@ def test_gguf_gives_the_ids_of_tokenizer_json(trained_dir, trained_spec, tmp_pat
   assert from_gguf.encode_batch(TEXTS) == from_json.encode_batch(TEXTS)
 
 
-@pytest.mark.parametrize("pre, words", [
+@pytest.mark.parametrize(
+  "pre, words",
+  [
     ("gpt-2", ["I", "'ll", " pay", " 12345", "!!", "\n", "\n", "Now"]),
     ("smollm", ["I", "'ll", " pay", " ", "1", "2", "3", "4", "5", "!!", "\n", "\n", "Now"]),
     ("llama-bpe", ["I", "'ll", " pay", " ", "123", "45", "!!\n\n", "Now"]),
     ("qwen2", ["I", "'ll", " pay", " ", "1", "2", "3", "4", "5", "!!\n\n", "Now"]),
-])
+  ],
+)
 def test_gguf_pre_splits_words_as_the_model_does(trained_spec, tmp_path, pre, words):
   text = "I'll pay 12345!!\n\nNow"
   tokenizer = load_tokenizer(write_gguf(tmp_path / "model.gguf", trained_spec, pre=pre))
@@ -364,9 +395,9 @@ def test_gguf_pre_splits_words_as_the_model_does(trained_spec, tmp_path, pre, wo
 def test_gguf_refuses_what_it_cannot_tokenise_rightly(trained_spec, tmp_path):
   path = tmp_path / "model.gguf"
   for match, options in [
-      ("pre is 'tekken': supported are .*'llama-bpe', 'qwen2', 'smollm'", {"pre": "tekken"}),
-      (r"model is 'llama': only gpt2 \(byte-level BPE\)", {"model": "llama"}),
-      ("names no end-of-sequence token", {"eos": None}),
+    ("pre is 'tekken': supported are .*'llama-bpe', 'qwen2', 'smollm'", {"pre": "tekken"}),
+    (r"model is 'llama': only gpt2 \(byte-level BPE\)", {"model": "llama"}),
+    ("names no end-of-sequence token", {"eos": None}),
   ]:
     with pytest.raises(ValueError, match=match) as info:
       load_tokenizer(write_gguf(path, trained_spec, **options))
@@ -392,13 +423,36 @@ def test_smollm2_known_ids(smollm2):
   assert smollm2.encode("Hello world") == [19556, 905]
   assert smollm2.encode("12345") == [33, 34, 35, 36, 37]  # ids 17 on are "!" on, as in GPT-2
   assert smollm2.decode([smollm2.encode("!")[0] + i for i in range(94)]) == "".join(
-      map(chr, range(ord("!"), ord("~") + 1)))
+    map(chr, range(ord("!"), ord("~") + 1))
+  )
   # The ids that the chat template of SmolLM2-135M-Instruct is known by.
-  prompt = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
-            "trained by Hugging Face<|im_end|>\n")
+  prompt = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n"
+  )
   assert smollm2.encode_pieces([(prompt, "template")]) == [
-      1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407,
-      19712, 8182, 2, 198]
+    1,
+    9690,
+    198,
+    2683,
+    359,
+    253,
+    5356,
+    5646,
+    11173,
+    3365,
+    3511,
+    308,
+    34519,
+    28,
+    7018,
+    411,
+    407,
+    19712,
+    8182,
+    2,
+    198,
+  ]
 
 
 def test_smollm2_pieces_equal_the_whole_prompt_as_hf_tokenises_it(smollm2, smollm2_path):
@@ -406,12 +460,18 @@ def test_smollm2_pieces_equal_the_whole_prompt_as_hf_tokenises_it(smollm2, smoll
 
   fields = gguf.GGUFReader(smollm2_path).fields
   tokens = fields["tokenizer.ggml.tokens"].contents()
-  reference = hf.Tokenizer(models.BPE(
+  reference = hf.Tokenizer(
+    models.BPE(
       {text: i for i, text in enumerate(tokens)},
-      [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]))
-  reference.pre_tokenizer = pre_tokenizers.Sequence([
+      [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()],
+    )
+  )
+  reference.pre_tokenizer = pre_tokenizers.Sequence(
+    [
       pre_tokenizers.Digits(individual_digits=True),
-      pre_tokenizers.ByteLevel(add_prefix_space=False)])
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
   reference.add_special_tokens(tokens[:17])
   for text in TEXTS:
     prompt = "".join(piece for piece, _ in chat(text))

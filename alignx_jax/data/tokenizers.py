@@ -23,8 +23,8 @@ import re
 # each call, so an offline job with few processes may set it to "true".
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import tokenizers  # noqa: E402
-from tokenizers import models, pre_tokenizers, trainers  # noqa: E402
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 END_OF_TURN = "<|im_end|>"
 BYTES_SPECIALS = ("<|endoftext|>", "<|im_start|>", END_OF_TURN)  # ids 256, 257, 258
@@ -72,8 +72,9 @@ class Tokenizer:
       for text in texts:
         if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
           raise ValueError(
-              f"{ascii(text)[:200]} is not Unicode text: repair the record, as with "
-              "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from error
+            f"{ascii(text)[:200]} is not Unicode text: repair the record, as with "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+          ) from error
       raise
 
   def encode_pieces(self, pieces: collections.abc.Iterable[tuple[str, str]]) -> list[int]:
@@ -126,7 +127,7 @@ class Tokenizer:
 
 
 def load_tokenizer(
-    path: str | os.PathLike, *, bos: str | int | None = None, eos: str | int | None = None
+  path: str | os.PathLike, *, bos: str | int | None = None, eos: str | int | None = None
 ) -> Tokenizer:
   """Reads a vocabulary.
 
@@ -147,24 +148,23 @@ def load_tokenizer(
       path = path / "tokenizer.json"
     if not path.is_file():
       raise FileNotFoundError(
-          f'{path} does not exist: give "bytes", a .gguf file, a tokenizer.json or its directory')
+        f'{path} does not exist: give "bytes", a .gguf file, a tokenizer.json or its directory'
+      )
     read = _gguf_spec if path.suffix == ".gguf" else _json_spec
     spec, file_bos, file_eos = read(path)
   return _make_tokenizer(
-      spec,
-      bos=file_bos if bos is None else bos,
-      eos=file_eos if eos is None else eos,
-      source=path)
+    spec, bos=file_bos if bos is None else bos, eos=file_eos if eos is None else eos, source=path
+  )
 
 
 def train_bpe(
-    texts: collections.abc.Iterable[str],
-    vocab_size: int,
-    special_tokens: collections.abc.Sequence[str],
-    directory: str | os.PathLike | None = None,
-    *,
-    bos: str | None = None,
-    eos: str = END_OF_TURN,
+  texts: collections.abc.Iterable[str],
+  vocab_size: int,
+  special_tokens: collections.abc.Sequence[str],
+  directory: str | os.PathLike | None = None,
+  *,
+  bos: str | None = None,
+  eos: str = END_OF_TURN,
 ) -> str:
   """Trains byte-level BPE with GPT-2's pre-tokenisation; the same input gives the same text.
 
@@ -184,19 +184,24 @@ def train_bpe(
   special_tokens = list(special_tokens)
   if vocab_size < 256 + len(special_tokens):
     raise ValueError(
-        f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens "
-        f"need {256 + len(special_tokens)}")
+      f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens "
+      f"need {256 + len(special_tokens)}"
+    )
   for name, token in (("bos", bos), ("eos", eos)):
     if token is not None and token not in special_tokens:
       raise ValueError(f"{name} {token!r} is not in special_tokens {special_tokens}: add it there")
   model = tokenizers.Tokenizer(models.BPE())
   model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   model.decoder = tokenizers.decoders.ByteLevel()
-  model.train_from_iterator(texts, trainers.BpeTrainer(
+  model.train_from_iterator(
+    texts,
+    trainers.BpeTrainer(
       vocab_size=vocab_size,
       special_tokens=special_tokens,
       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-      show_progress=False))
+      show_progress=False,
+    ),
+  )
   text = model.to_str(pretty=True)
   if directory is not None:
     directory = pathlib.Path(directory)
@@ -214,8 +219,10 @@ def _make_tokenizer(spec, *, bos, eos, source) -> Tokenizer:
     raise ValueError(f"{source} holds a {model.get('type')} model: only BPE is supported")
   if '"prepend_scheme": "first"' in json.dumps(spec.get("pre_tokenizer")):
     # It treats the start of a prompt unlike the text after a special token.
-    raise ValueError(f'{source} has prepend_scheme "first", which is not supported: convert it to '
-                     'byte-level BPE, or use a GGUF file of the model')
+    raise ValueError(
+      f'{source} has prepend_scheme "first", which is not supported: convert it to '
+      "byte-level BPE, or use a GGUF file of the model"
+    )
   merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
   vocab = model["vocab"]
   added = spec.get("added_tokens") or []
@@ -223,13 +230,17 @@ def _make_tokenizer(spec, *, bos, eos, source) -> Tokenizer:
   # An added token that text reaches by merging (Gemma's runs of newlines) is an ordinary one.
   reachable = {left + right for left, right in merges} | {text for text in vocab if len(text) == 1}
   special_ids = {
-      token["content"]: token["id"]
-      for token in added if token.get("special") or token["content"] not in reachable}
+    token["content"]: token["id"]
+    for token in added
+    if token.get("special") or token["content"] not in reachable
+  }
   ids = vocab | {token["content"]: token["id"] for token in added}
   bos_text = None if bos is None else _token_text("bos", bos, ids, source)
   if eos is None:
-    raise ValueError(f"{source} names no end-of-sequence token: pass eos=, its text or id, or put "
-                     "eos_token in tokenizer_config.json beside it")
+    raise ValueError(
+      f"{source} names no end-of-sequence token: pass eos=, its text or id, or put "
+      "eos_token in tokenizer_config.json beside it"
+    )
   eos_text = _token_text("eos", eos, ids, source)
   special_ids |= {text: ids[text] for text in (bos_text, eos_text) if text is not None}
 
@@ -239,54 +250,66 @@ def _make_tokenizer(spec, *, bos, eos, source) -> Tokenizer:
   removed = {text for text, id_ in vocab.items() if text in special_ids or id_ in taken}
   for text in removed:
     if len(text) == 1:
-      raise ValueError(f"{source}: the special token {text!r} is a single character, which plain "
-                       "text needs: choose another token")
+      raise ValueError(
+        f"{source}: the special token {text!r} is a single character, which plain "
+        "text needs: choose another token"
+      )
   model = model | {
-      "type": "BPE",
-      "dropout": None,
-      "vocab": {text: id_ for text, id_ in vocab.items() if text not in removed},
-      "merges": [
-          [left, right] for left, right in merges
-          if removed.isdisjoint((left, right, left + right))],
+    "type": "BPE",
+    "dropout": None,
+    "vocab": {text: id_ for text, id_ in vocab.items() if text not in removed},
+    "merges": [
+      [left, right] for left, right in merges if removed.isdisjoint((left, right, left + right))
+    ],
   }
   if model.get("unk_token") in special_ids:
     model["unk_token"] = None
   cleaned = {
-      "version": "1.0",
-      "added_tokens": [],
-      "normalizer": spec.get("normalizer"),
-      "pre_tokenizer": spec.get("pre_tokenizer"),
-      "post_processor": None,
-      "decoder": spec.get("decoder"),
-      "model": model,
-      "truncation": None,
-      "padding": None,
+    "version": "1.0",
+    "added_tokens": [],
+    "normalizer": spec.get("normalizer"),
+    "pre_tokenizer": spec.get("pre_tokenizer"),
+    "post_processor": None,
+    "decoder": spec.get("decoder"),
+    "model": model,
+    "truncation": None,
+    "padding": None,
   }
   try:
     encoder = tokenizers.Tokenizer.from_str(json.dumps(cleaned))
   except Exception as error:  # the package raises plain Exception
-    raise ValueError(f"{source} is not a vocabulary that `tokenizers` can read ({error}): export "
-                     "it again, or upgrade the package") from error
+    raise ValueError(
+      f"{source} is not a vocabulary that `tokenizers` can read ({error}): export "
+      "it again, or upgrade the package"
+    ) from error
 
   specials = [token for token in added if token["content"] in special_ids]
   strips_before = frozenset(token["content"] for token in specials if token.get("lstrip"))
   strips_after = frozenset(token["content"] for token in specials if token.get("rstrip"))
   identity = json.dumps(
-      [cleaned | {"decoder": None}, special_ids, ids[eos_text], ids.get(bos_text),
-       sorted(strips_before), sorted(strips_after)],
-      sort_keys=True)
+    [
+      cleaned | {"decoder": None},
+      special_ids,
+      ids[eos_text],
+      ids.get(bos_text),
+      sorted(strips_before),
+      sorted(strips_after),
+    ],
+    sort_keys=True,
+  )
   # Longest first: of two specials that begin alike, the longer one is meant.
   longest_first = sorted(special_ids, key=len, reverse=True)
   return Tokenizer(
-      vocab_size=spec.get("vocab_size", max(ids.values()) + 1),
-      bos_id=ids.get(bos_text),
-      eos_id=ids[eos_text],
-      special_ids=special_ids,
-      fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
-      _model=encoder,
-      _special_split=re.compile(f"({'|'.join(map(re.escape, longest_first))})"),
-      _strips_before=strips_before,
-      _strips_after=strips_after)
+    vocab_size=spec.get("vocab_size", max(ids.values()) + 1),
+    bos_id=ids.get(bos_text),
+    eos_id=ids[eos_text],
+    special_ids=special_ids,
+    fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+    _model=encoder,
+    _special_split=re.compile(f"({'|'.join(map(re.escape, longest_first))})"),
+    _strips_before=strips_before,
+    _strips_after=strips_after,
+  )
 
 
 def _token_text(name, token, ids, source) -> str:
@@ -298,8 +321,10 @@ def _token_text(name, token, ids, source) -> str:
     for text, id_ in ids.items():
       if id_ == token:
         return text
-  raise ValueError(f"{source}: {name} {token!r} is not in the vocabulary: pass {name}= with the "
-                   "text or id of a token that is")
+  raise ValueError(
+    f"{source}: {name} {token!r} is not in the vocabulary: pass {name}= with the "
+    "text or id of a token that is"
+  )
 
 
 # From each source to (tokenizer.json dict, bos, eos). The dict may also hold `vocab_size`.
@@ -308,12 +333,13 @@ def _token_text(name, token, ids, source) -> str:
 def _bytes_spec():
   vocab = {char: byte for byte, char in _bytes_to_unicode().items()}
   spec = {
-      "added_tokens": [
-          {"content": text, "id": id_, "special": True}
-          for id_, text in enumerate(BYTES_SPECIALS, start=256)],
-      "pre_tokenizer": _byte_level(use_regex=False),
-      "decoder": _byte_level(),
-      "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    "added_tokens": [
+      {"content": text, "id": id_, "special": True}
+      for id_, text in enumerate(BYTES_SPECIALS, start=256)
+    ],
+    "pre_tokenizer": _byte_level(use_regex=False),
+    "decoder": _byte_level(),
+    "model": {"type": "BPE", "vocab": vocab, "merges": []},
   }
   return spec, BYTES_SPECIALS[0], END_OF_TURN
 
@@ -321,11 +347,14 @@ def _bytes_spec():
 def _json_spec(path):
   spec = _read_json(path)
   if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
-    raise ValueError(f"{path} is not a tokenizer.json (it holds no model.vocab): give the file "
-                     "that `tokenizers` writes")
+    raise ValueError(
+      f"{path} is not a tokenizer.json (it holds no model.vocab): give the file "
+      "that `tokenizers` writes"
+    )
   beside = {
-      name: _read_json(path.with_name(name)) if path.with_name(name).is_file() else {}
-      for name in ("tokenizer_config.json", "generation_config.json", "config.json")}
+    name: _read_json(path.with_name(name)) if path.with_name(name).is_file() else {}
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+  }
   return spec, _special_beside("bos", beside, path), _special_beside("eos", beside, path)
 
 
@@ -342,8 +371,10 @@ def _special_beside(name, beside, path):
     if isinstance(id_, list) and len(id_) == 1:
       id_ = id_[0]
     if isinstance(id_, list):
-      raise ValueError(f"{path.with_name(file)} gives several {name} ids, {id_}: put {name}_token "
-                       "in tokenizer_config.json")
+      raise ValueError(
+        f"{path.with_name(file)} gives several {name} ids, {id_}: put {name}_token "
+        "in tokenizer_config.json"
+      )
     if id_ is not None:
       return id_
   return None
@@ -355,8 +386,10 @@ def _read_json(path):
   except ValueError as error:
     raise ValueError(f"{path} is not JSON ({error}): download it again") from error
   if not isinstance(content, dict):
-    raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object: give the file "
-                     "that `tokenizers` writes")
+    raise ValueError(
+      f"{path} holds a JSON {type(content).__name__}, not an object: give the file "
+      "that `tokenizers` writes"
+    )
   return content
 
 
@@ -376,42 +409,54 @@ def _gguf_spec(path):
   def read(name, *, required=True):
     field = fields.get(f"tokenizer.ggml.{name}")
     if field is None and required:
-      raise ValueError(f"{path} has no tokenizer.ggml.{name}: give a GGUF file that holds its "
-                       "tokenizer")
+      raise ValueError(
+        f"{path} has no tokenizer.ggml.{name}: give a GGUF file that holds its tokenizer"
+      )
     return None if field is None else field.contents()
 
   if read("model") != "gpt2":
-    raise ValueError(f"{path}: tokenizer.ggml.model is {read('model')!r}: only gpt2 (byte-level "
-                     "BPE) is supported; a tokenizer.json of the model may be")
+    raise ValueError(
+      f"{path}: tokenizer.ggml.model is {read('model')!r}: only gpt2 (byte-level "
+      "BPE) is supported; a tokenizer.json of the model may be"
+    )
   pre = read("pre")
   if pre not in _GGUF_PRE:
-    raise ValueError(f"{path}: tokenizer.ggml.pre is {pre!r}: supported are {sorted(_GGUF_PRE)}; "
-                     "give the tokenizer.json of the model")
+    raise ValueError(
+      f"{path}: tokenizer.ggml.pre is {pre!r}: supported are {sorted(_GGUF_PRE)}; "
+      "give the tokenizer.json of the model"
+    )
   normalizer, pre_tokenizer, ignore_merges = _GGUF_PRE[pre]
   tokens, types = read("tokens"), read("token_type")
   typed = list(zip(tokens, types, range(len(tokens)), strict=True))
   spec = {
-      "vocab_size": len(tokens),  # rows of padding at the end count
-      "added_tokens": [
-          {"content": text, "id": id_, "special": kind == _CONTROL}
-          for text, kind, id_ in typed if kind in (_CONTROL, _USER_DEFINED)],
-      "normalizer": normalizer,
-      "pre_tokenizer": pre_tokenizer,
-      "decoder": _byte_level(),
-      "model": {
-          "type": "BPE",
-          "vocab": {
-              text: id_ for text, kind, id_ in typed if kind in (_NORMAL, _UNKNOWN, _USER_DEFINED)},
-          "merges": read("merges"),
-          "ignore_merges": ignore_merges,
+    "vocab_size": len(tokens),  # rows of padding at the end count
+    "added_tokens": [
+      {"content": text, "id": id_, "special": kind == _CONTROL}
+      for text, kind, id_ in typed
+      if kind in (_CONTROL, _USER_DEFINED)
+    ],
+    "normalizer": normalizer,
+    "pre_tokenizer": pre_tokenizer,
+    "decoder": _byte_level(),
+    "model": {
+      "type": "BPE",
+      "vocab": {
+        text: id_ for text, kind, id_ in typed if kind in (_NORMAL, _UNKNOWN, _USER_DEFINED)
       },
+      "merges": read("merges"),
+      "ignore_merges": ignore_merges,
+    },
   }
   return spec, read("bos_token_id", required=False), read("eos_token_id", required=False)
 
 
 def _byte_level(use_regex=True):
-  return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-          "use_regex": use_regex}
+  return {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": use_regex,
+  }
 
 
 def _split_then_bytes(regex):
@@ -420,20 +465,24 @@ def _split_then_bytes(regex):
 
 
 _LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2_REGEX = _LLAMA3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # tokenizer.ggml.pre to (normalizer, pre_tokenizer, ignore_merges) of the model's tokenizer.json.
 _GGUF_PRE = {
-    "gpt-2": (None, _byte_level(), False),
-    "smollm": (
-        None,
-        {"type": "Sequence", "pretokenizers": [
-            {"type": "Digits", "individual_digits": True}, _byte_level()]},
-        False),
-    "llama-bpe": (None, _split_then_bytes(_LLAMA3_REGEX), True),
-    "qwen2": ({"type": "NFC"}, _split_then_bytes(_QWEN2_REGEX), False),
+  "gpt-2": (None, _byte_level(), False),
+  "smollm": (
+    None,
+    {
+      "type": "Sequence",
+      "pretokenizers": [{"type": "Digits", "individual_digits": True}, _byte_level()],
+    },
+    False,
+  ),
+  "llama-bpe": (None, _split_then_bytes(_LLAMA3_REGEX), True),
+  "qwen2": ({"type": "NFC"}, _split_then_bytes(_QWEN2_REGEX), False),
 }
 
 
@@ -442,4 +491,5 @@ def _bytes_to_unicode() -> dict[int, str]:
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
   return {byte: chr(byte) for byte in printable} | {
-      byte: chr(256 + i) for i, byte in enumerate(others)}
+    byte: chr(256 + i) for i, byte in enumerate(others)
+  }

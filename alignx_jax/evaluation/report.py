@@ -173,7 +173,9 @@ def write_report(
   )
   reproduce = f"<pre>{escape(command)}</pre>{_definitions(versions)}"
   details = f"<details><summary>Show</summary><pre>{escape(config)}</pre></details>"
-  _write(path, f"""<!DOCTYPE html>
+  _write(
+    path,
+    f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -196,7 +198,8 @@ def write_report(
 {_section("Config", details)}
 </main></body>
 </html>
-""")
+""",
+  )
 
 
 def _check(results):
@@ -248,7 +251,8 @@ def _html_table(results):
     return f"<p>{EMPTY}</p>"
   heads = (f"<th{' class=number' if i > 2 else ''}>{c}</th>" for i, c in enumerate(COLUMNS))
   rows = (
-    "<tr>" + "".join(f"<td>{escape(str(r[key]))}</td>" for key in COLUMNS[:3])
+    "<tr>"
+    + "".join(f"<td>{escape(str(r[key]))}</td>" for key in COLUMNS[:3])
     + f'<td class="number"><b>{_percent(r)}</b> <span class="interval">{_interval(r)}</span></td>'
     + f'<td class="number">{escape(str(r["examples"]))}</td></tr>'
     for r in results
@@ -277,15 +281,17 @@ def _bars(results):
       low, high = (f"{100 * r[key]:.2f}%" for key in ("low", "high"))
       whisker = "".join(
         f'<line class="{kind}" x1="{a}" x2="{b}" y1="{y + 25 - h}" y2="{y + 25 + h}"/>'
-        for kind in ("halo", "whisker") for a, b, h in ((low, high, 0), (low, low, 5),
-                                                        (high, high, 5))
+        for kind in ("halo", "whisker")
+        for a, b, h in ((low, high, 0), (low, low, 5), (high, high, 5))
       )
       bars.append(
         f'<rect class="bar {colour}" y="{y + 18}" width="{100 * r["accuracy"]:.2f}%" height="14" '
         f'rx="2"><title>{escape(policy)}, {name}: {value}</title></rect>{whisker}'
       )
-      labels.append(f'<text class="soft" y="{y + 13}">{name}</text>'
-                    f'<text class="soft end" x="100%" y="{y + 13}">{value}</text>')
+      labels.append(
+        f'<text class="soft" y="{y + 13}">{name}</text>'
+        f'<text class="soft end" x="100%" y="{y + 13}">{value}</text>'
+      )
       y += 38
     y += 8
   grid = "".join(
@@ -293,8 +299,13 @@ def _bars(results):
   )
   axis = "".join(
     f'<text class="soft {anchor}" x="{x}%" y="{y + 16}">{text}</text>'
-    for x, anchor, text in ((0, "", "0"), (25, "middle", "25"), (50, "middle", "50 % chance"),
-                            (75, "middle", "75"), (100, "end", "100 %"))
+    for x, anchor, text in (
+      (0, "", "0"),
+      (25, "middle", "25"),
+      (50, "middle", "50 % chance"),
+      (75, "middle", "75"),
+      (100, "end", "100 %"),
+    )
   )
   chance = f'<line class="mark" x1="50%" x2="50%" y1="0" y2="{y}"/>'
   return (
@@ -357,7 +368,8 @@ def _panel(curves, styles, metric, heading, mark, mark_label, shift):
 
   grid = "".join(
     f'<line class="grid" x1="{left}" x2="{right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>'
-    f'<text class="soft end" x="{left - 6}" y="{at_y(y) + 4:.1f}">{y:g}</text>' for y in y_ticks
+    f'<text class="soft end" x="{left - 6}" y="{at_y(y) + 4:.1f}">{y:g}</text>'
+    for y in y_ticks
   ) + "".join(
     f'<text class="soft middle" x="{at_x(x):.1f}" y="{bottom + 18}">{x:g}</text>' for x in x_ticks
   )

@@ -28,9 +28,7 @@ def token_log_probs(hidden_BTD, head_VD, targets_BT, *, chunk: int = 128):
 @functools.partial(jax.checkpoint, static_argnums=())
 def _chunk_log_probs(head_VD, carry, chunk):
   hidden_BTD, targets_BT = chunk
-  logits_BTV = jnp.einsum(
-    "btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32
-  )
+  logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
   picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
   return carry, picked_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 

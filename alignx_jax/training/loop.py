@@ -71,9 +71,7 @@ def train_step(state: TrainState, rows: Rows, *, graph, optimizer, beta, chunk, 
     gradient, metrics = jax.grad(loss_sum, has_aux=True)(state.params, rows)
   else:
     # Part i takes every accumulation-th row, so that each device keeps its own rows.
-    parts = jax.tree.map(
-      lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), rows
-    )
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), rows)
     shapes = jax.eval_shape(
       jax.grad(loss_sum, has_aux=True), state.params, jax.tree.map(lambda x: x[0], parts)
     )
