@@ -128,7 +128,6 @@ def test_a_wrong_number_of_directions_is_refused():
     SPACE.verbalise([1.0] * 89)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="reported: NumPy's error comes through")
 def test_a_history_of_the_wrong_width_is_refused():
   with pytest.raises(ValueError, match="89.*90"):
     SPACE.aggregate(np.ones((2, 89)))

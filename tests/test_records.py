@@ -109,7 +109,6 @@ def test_a_record_that_is_no_object_is_refused(record):
     parse_record(record, SPACE, "users.json:4")
 
 
-@pytest.mark.xfail(strict=True, reason="reported: it reads \"field '' the record is a list\"")
 def test_a_record_that_is_no_object_has_no_field_to_name():
   with pytest.raises(RecordError) as error:
     parse_record([], SPACE, "users.json:4")

@@ -10,7 +10,7 @@ the same whoever computes it.
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -65,6 +65,11 @@ class Formatting:
         f"The tokenizer has no {missing[0]!r}, which the chat format {self.chat!r} needs; "
         "set config.prompt.chat to this model's format."
       )
+    if prompt_format(self.prompt)["bos"] and self.tokenizer.bos_id is None:
+      raise ValueError(
+        f"The tokenizer has no bos token, which the prompt format {self.prompt!r} begins with; "
+        "set config.prompt.format to one without."
+      )
 
 
 def infer_profile(example: Example, persona: Persona, space: PreferenceSpace) -> str:
@@ -100,16 +105,27 @@ def condition_of(example: Example, persona: Persona, formatting: Formatting) -> 
   return {}
 
 
-def tokenise(
-  example: Example, formatting: Formatting, persona: Persona, **condition
-) -> tuple[list[int], list[int], list[int]] | str:
-  """Token ids of context, chosen and rejected; or why the example does not fit a row.
+class Tokenised(NamedTuple):
+  """Token ids of one example's parts, and how many history items had to go."""
+
+  context: list[int]
+  chosen: list[int]
+  rejected: list[int]
+  dropped: int = 0
+
+
+class DoesNotFit(Exception):
+  """An example longer than its row; the message is the reason, the same for all of a kind."""
+
+
+def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Tokenised:
+  """An example's token ids.
 
   A context that is too long drops its oldest history items first. A response or the end
   of a prompt is never cut.
 
-  Args:
-    condition: as condition_of gives it; computed from `persona` when absent.
+  Raises:
+    DoesNotFit: a response, or the context without any history, is longer than its region.
   """
   tokenizer, regions = formatting.tokenizer, formatting.regions
   names = {"chat": formatting.chat, "prompt": formatting.prompt}
@@ -118,22 +134,19 @@ def tokenise(
     for text in (example.chosen, example.rejected)
   ]
   if max(map(len, responses)) > regions.response:
-    return "response longer than its region"
-  given = condition or condition_of(example, persona, formatting)
-  while True:
-    ids = tokenizer.encode_pieces(render_prompt(example.post, **names, **given))
+    raise DoesNotFit("response longer than its region")
+  condition = condition_of(example, persona, formatting)
+  for dropped in range(len(persona.history) + 1):
+    ids = tokenizer.encode_pieces(render_prompt(example.post, **names, **condition))
     if prompt_format(formatting.prompt)["bos"]:
       ids = [tokenizer.bos_id, *ids]
+    # The last token of the context moves to the responses.
     if len(ids) - 1 <= regions.context:
-      return ids, *responses
-    shown = given.get("persona")
-    if shown is None or not shown.history:
-      return "context longer than its region"
-    given = {"persona": shown.drop_oldest()}
-
-
-class Counts(collections.Counter):
-  """Examples seen, refused by reason, and history items dropped, of one loader."""
+      return Tokenised(ids, *responses, dropped)
+    if "persona" not in condition:
+      break
+    condition = {"persona": condition["persona"].drop_oldest()}
+  raise DoesNotFit("context longer than its region")
 
 
 @dataclasses.dataclass
@@ -147,7 +160,7 @@ class Loader:
     seed: of order and history; None keeps the order.
     bins: rows filled at once by the packer; more pack tighter.
     reference: response log-probs [stream, N] under the reference, None until computed.
-    counts: refusals so far, by reason; grows as the loader is read.
+    counts: refused examples by reason and dropped history items, so far as it was read.
   """
 
   examples: Sequence[Example]
@@ -157,7 +170,7 @@ class Loader:
   seed: int | None = None
   bins: int = 32
   reference: np.ndarray | None = None
-  counts: Counts = dataclasses.field(default_factory=Counts)
+  counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   @property
   def stream_length(self) -> int:
@@ -170,13 +183,16 @@ class Loader:
     epoch = position // len(self.examples)
     rng = np.random.default_rng([self.seed or 0, epoch, index])
     persona = sample_history(example.persona, self.formatting.history, rng)
-    ids = tokenise(example, self.formatting, persona)
-    if isinstance(ids, str):
-      self.counts[ids] += 1
+    try:
+      ids = tokenise(example, self.formatting, persona)
+    except DoesNotFit as reason:
+      self.counts[f"examples refused: {reason}"] += 1
       return None
+    if ids.dropped:
+      self.counts["history items dropped"] += ids.dropped
     stream_index = epoch * len(self.examples) + index
     reference = (0.0, 0.0) if self.reference is None else self.reference[stream_index]
-    return make_features(*ids, index=stream_index, reference=reference)
+    return make_features(*ids[:3], index=stream_index, reference=reference)
 
   def dataset(self) -> grain.IterDataset:
     """A grain dataset of Rows whose iterator can be checkpointed."""

@@ -20,7 +20,7 @@ class RecordError(ValueError):
   """A record that breaks the schema. `field` and `reason` are for tables."""
 
   def __init__(self, where: str, field: str, reason: str):
-    super().__init__(f"{where}: field {field!r} {reason}")
+    super().__init__(f"{where}: field {field!r} {reason}" if field else f"{where}: {reason}")
     self.field, self.reason = field, reason
 
 

@@ -88,6 +88,8 @@ class PreferenceSpace:
     if not len(history_KP):
       return directions_P
     mean_P = np.mean(np.asarray(history_KP, np.float64), axis=0)
+    if mean_P.shape != directions_P.shape:
+      raise ValueError(f"{mean_P.size} directions for a space of {len(self)} dimensions.")
     directions_P[mean_P >= positive_from] = 1.0
     directions_P[mean_P < negative_to] = 0.0
     distance_P = np.abs(mean_P - NEUTRAL)

@@ -234,8 +234,10 @@ def _examples(rows: Rows) -> list[int]:
 
 
 def _report_counts(counts: dict[str, int], loader: Loader) -> None:
-  for reason, count in counts.items():
-    logging.warning("%d of %d examples refused: %s.", count, loader.stream_length, reason)
+  for what, count in counts.items():
+    logging.warning(
+      "%s: %d, of a stream of %d examples; widen config.regions.", what, count, loader.stream_length
+    )
 
 
 def write_config(config: Any, workdir: Path) -> None:
