@@ -1,22 +1,18 @@
 """Evaluates a trained workdir: python -m alignx_jax.evaluate --config=… --workdir=DIR."""
 
-from pathlib import Path
+from absl import flags
 
-from absl import app, flags
-from ml_collections import config_flags
+from alignx_jax import command_line
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that alignx_jax.train has filled.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.adopt_module_key_flags(command_line)
 
 
-def main(argv):
-  del argv
+def main(config, workdir):
+  # Imported here, so that --help answers at once.
   from alignx_jax import experiment as experiments
   from alignx_jax.evaluation.report import format_table, write_results
 
-  workdir = Path(_WORKDIR.value)
-  experiment = experiments.load_experiment(_CONFIG.value)
+  experiment = experiments.load_experiment(config)
   params = experiments.trained_params(experiment, workdir)
   results = experiments.evaluate_alone(experiment, params)
   write_results(workdir / "results.json", results)
@@ -24,4 +20,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

@@ -9,12 +9,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where runs, results and report are written.")
-flags.mark_flags_as_required(["config", "workdir"])
+from alignx_jax import command_line
+
+flags.adopt_module_key_flags(command_line)
 
 
 def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
@@ -85,14 +84,13 @@ def _one_user(experiment) -> tuple[str, list[str]]:
   ]
 
 
-def main(argv):
+def main(config, workdir):
   from alignx_jax.evaluation.report import format_table
 
   command = " ".join(["python -m alignx_jax.study", *sys.argv[1:]])
-  workdir = Path(_WORKDIR.value)
-  print(format_table(run_study(_CONFIG.value, workdir, command=command)))
+  print(format_table(run_study(config, workdir, command=command)))
   print(f"\nReport: {workdir / 'report.html'}")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

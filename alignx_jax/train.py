@@ -4,25 +4,21 @@ The same command again resumes. Afterwards it evaluates on the test split and wr
 results.json; --noevaluate leaves that out.
 """
 
-from pathlib import Path
+from absl import flags
 
-from absl import app, flags
-from ml_collections import config_flags
+from alignx_jax import command_line
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and results are written.")
+flags.adopt_module_key_flags(command_line)
+
 _EVALUATE = flags.DEFINE_bool("evaluate", True, "Evaluate after training.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv):
-  del argv
+def main(config, workdir):
   # Imported here, so that --help answers at once.
   from alignx_jax import experiment as experiments
   from alignx_jax.evaluation.report import format_table, write_results
 
-  workdir = Path(_WORKDIR.value)
-  experiment = experiments.load_experiment(_CONFIG.value)
+  experiment = experiments.load_experiment(config)
   result = experiments.run_training(experiment, workdir)
   if _EVALUATE.value:
     results = experiments.evaluate_alone(experiment, result.params)
@@ -31,4 +27,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

@@ -66,4 +66,5 @@ def get_config() -> ConfigDict:
   config.eval = ConfigDict()
   config.eval.rows = 8  # packed rows of an evaluation batch
   config.eval.protocols = ("matched", "release", "unconditioned")
+  config.lock()  # a misspelt field in a config or on the command line is an error
   return config

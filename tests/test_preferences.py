@@ -23,8 +23,8 @@ def vector(**at):
   return directions_P
 
 
-def test_the_space_is_the_published_one(shared):
-  published = json.loads((shared / "alignx/preference_space.json").read_text(encoding="utf-8"))
+def test_the_space_is_the_published_one(goldens):
+  published = json.loads((goldens / "preference_space.json").read_text(encoding="utf-8"))
   assert len(SPACE) == len(published) == 90
   for index, (ours, theirs) in enumerate(zip(SPACE.dimensions, published, strict=True)):
     assert theirs["index"] == index
@@ -42,11 +42,11 @@ def test_groups_share_out_the_dimensions():
     assert indices == sorted(indices)
 
 
-def test_profiles_are_those_of_the_release(shared):
-  goldens = json.loads((shared / "alignx/profile_goldens.json").read_text(encoding="utf-8"))
-  profiles = [SPACE.verbalise(SPACE.aggregate(g["history_directions"])) for g in goldens]
+def test_profiles_are_those_of_the_release(goldens):
+  cases = json.loads((goldens / "profile_goldens.json").read_text(encoding="utf-8"))
+  profiles = [SPACE.verbalise(SPACE.aggregate(g["history_directions"])) for g in cases]
   assert len(profiles) == 40
-  assert profiles == [g["profile"] for g in goldens]
+  assert profiles == [g["profile"] for g in cases]
 
 
 @settings(deadline=None, max_examples=60)

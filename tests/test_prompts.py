@@ -38,11 +38,11 @@ def render_golden(record, variant):
 @pytest.mark.parametrize(
   ("variant", "cases"), [("ica_train", 1), ("ica_eval", 3), ("pba_train", 1), ("pba_eval", 3)]
 )
-def test_prompts_are_those_of_the_release(shared, variant, cases):
-  goldens = json.loads((shared / "alignx/prompt_goldens.json").read_text(encoding="utf-8"))
-  goldens = [g for g in goldens if variant in g]
-  assert len(goldens) == cases
-  for golden in goldens:
+def test_prompts_are_those_of_the_release(goldens, variant, cases):
+  records = json.loads((goldens / "prompt_goldens.json").read_text(encoding="utf-8"))
+  records = [record for record in records if variant in record]
+  assert len(records) == cases
+  for golden in records:
     assert text_of(render_golden(golden["record"], variant)) == golden[variant]
 
 

@@ -172,12 +172,9 @@ def test_directions_may_be_an_array(dtype):
   np.testing.assert_array_equal(parse_record(record, SPACE, "r:0").directions, GOOD[DIRECTIONS])
 
 
-def test_all_real_records_parse(shared):
-  file = shared / "data/p_soups/friendly_unfriendly.json"
-  if not file.exists():
-    pytest.skip(f"needs the 600 real P-Soups records in {file}")
-  records = json.loads(file.read_text(encoding="utf-8"))
-  examples = read_examples(file, SPACE)
+def test_all_real_records_parse(p_soups):
+  records = json.loads(p_soups.read_text(encoding="utf-8"))
+  examples = read_examples(p_soups, SPACE)
   assert len(examples) == len({example.id for example in examples}) == 600
   for record, example in zip(records, examples, strict=True):
     assert (example.post, example.chosen, example.rejected, example.profile) == (

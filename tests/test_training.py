@@ -148,8 +148,8 @@ def test_unknown_names_are_refused_with_the_choices(config):
       experiments.load_experiment(changed)
 
 
-def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(config, shared):
-  config.model.weights = str(shared / "hf_goldens" / "smollm2")
+def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(config, goldens):
+  config.model.weights = str(goldens / "hf_goldens" / "smollm2")
   config.model.tokenizer = "bytes"  # 259 ids, the model embeds 256
   with pytest.raises(ValueError, match="config.model.tokenizer"):
     experiments.load_experiment(config)

@@ -289,7 +289,8 @@ def _open_gguf(path: Path) -> tuple[Architecture, ReadTensor, set[str]]:
     head_width=field("llama.attention.key_length", width // heads),
     feed_forward=field("llama.feed_forward_length"),
     rope_theta=float(field("llama.rope.freq_base", 10_000.0)),
-    norm_epsilon=float(field("llama.attention.layer_norm_rms_epsilon")),
+    # Stored as float32: read back the decimal that was meant, 1e-05.
+    norm_epsilon=float(str(np.float32(field("llama.attention.layer_norm_rms_epsilon")))),
     tied="lm_head.weight" not in tensors,
     max_positions=field("llama.context_length"),
   )

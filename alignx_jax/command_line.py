@@ -1,0 +1,49 @@
+"""What all entry points share: --config and --workdir, and mistakes told in one sentence."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything a run makes is written.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def run(main: Callable[[ConfigDict, Path], None]) -> None:
+  """Parses the command line and calls main(config, workdir).
+
+  What this package raises on purpose (a bad record, a file that is not there, a loss that
+  is not finite) ends the program with its message; --verbosity=1 shows where it came
+  from. Anything else is a bug and keeps its traceback.
+  """
+
+  def call(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f"What is {argv[1]!r}? Options start with --.")
+    try:
+      main(_CONFIG.value, Path(_WORKDIR.value))
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
+      if not _raised_here(error):
+        raise
+      logging.debug("Raised here:", exc_info=True)
+      sys.exit(f"Error: {error}")
+
+  app.run(call, flags_parser=_parse)
+
+
+def _parse(argv):
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError as error:  # a locked config has no such field
+    reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else str(error)
+    reason = " ".join(reason.split())
+    sys.exit(f"Error: no such config field: {reason} (All fields are in configs/base.py.)")
+
+
+def _raised_here(error: BaseException) -> bool:
+  last = traceback.extract_tb(error.__traceback__)[-1].filename
+  return Path(last).is_relative_to(Path(__file__).parent)
