@@ -24,6 +24,8 @@ def run(main: Callable[[ConfigDict, Path], None]) -> None:
   def call(argv):
     if len(argv) > 1:
       raise app.UsageError(f"What is {argv[1]!r}? Options start with --.")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # the libraries' notes would bury progress bars
     try:
       main(_CONFIG.value, Path(_WORKDIR.value))
     except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:

@@ -52,7 +52,7 @@ PRESETS = {
   ),
   # The base of the simulated study: fits in the package, trains in minutes on two cores.
   "simulated_base": Architecture(
-    vocab_size=3072, width=128, layers=4, heads=4, kv_heads=4, head_width=32, feed_forward=384
+    vocab_size=2048, width=128, layers=4, heads=2, kv_heads=2, head_width=64, feed_forward=384
   ),
   "smollm2_135m": Architecture(
     vocab_size=49152,

@@ -45,8 +45,8 @@ class SimulatorConfig:
   dimensions: tuple[int, int] = (3, 5)
   expressed: tuple[int, int] = (2, 3)
   noise: tuple[int, int] = (0, 1)
-  comments: tuple[int, int] = (4, 4)
-  pairs: tuple[int, int] = (4, 4)
+  comments: tuple[int, int] = (2, 4)
+  pairs: tuple[int, int] = (1, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ def simulate_document(index: int, *, seed: int) -> list[Piece]:
   if kind == "described":
     profile = alignx_space().verbalise(user.directions)
     pieces = fill("Preferences: {profile}\n\n", profile=profile)
-  for _ in range(_between(user.rng, (4, 9) if kind == "author" else (1, 4))):
+  for _ in range(_between(user.rng, (4, 12) if kind == "author" else (1, 4))):
     text = user.write(user.draw_expressed(), noise=user.draw_noise())
     pieces += fill("Post: {post}\nComment: {comment}\n\n", post=user.post(), comment=text)
   return pieces + fill("<|im_end|>")

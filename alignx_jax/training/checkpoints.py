@@ -19,26 +19,30 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, step: int, state, iterator) -> None:
-    """Starts saving a TrainState; the data iterator's position is taken now."""
+  def save(self, step: int, state, iterator=None) -> None:
+    """Starts saving a TrainState; the data iterator's position is taken now.
+
+    Without an iterator, where the data is a function of the step, none is saved.
+    """
+    data = {} if iterator is None else {"data": grain.checkpoint.CheckpointSave(iterator)}
     self._manager.save(
       step,
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         optimizer=ocp.args.StandardSave({"step": state.step, "optimizer": state.optimizer}),
-        data=grain.checkpoint.CheckpointSave(iterator),
+        **data,
       ),
     )
 
-  def restore(self, step: int, state, iterator):
+  def restore(self, step: int, state, iterator=None):
     """A TrainState in the shapes and shardings of `state`; sets the iterator."""
-    rest = {"step": state.step, "optimizer": state.optimizer}
+    data = {} if iterator is None else {"data": grain.checkpoint.CheckpointRestore(iterator)}
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
         params=_restore_like(state.params),
-        optimizer=_restore_like(rest),
-        data=grain.checkpoint.CheckpointRestore(iterator),
+        optimizer=_restore_like({"step": state.step, "optimizer": state.optimizer}),
+        **data,
       ),
     )
     return state._replace(params=restored["params"], **restored["optimizer"])

@@ -1,0 +1,29 @@
+"""Makes the small base model that the simulated study starts from.
+
+  python -m alignx_jax.pretrain_base --config=configs/base_model_simulated.py --workdir=runs/base
+
+The same command again resumes. Afterwards it measures the base and prints the table that
+stands in alignx_jax/models/simulated_base/README.md.
+"""
+
+from absl import flags
+
+from alignx_jax import command_line
+
+flags.adopt_module_key_flags(command_line)
+
+
+def main(config, workdir):
+  from alignx_jax import experiment as experiments
+  from alignx_jax.evaluation.report import format_table
+  from alignx_jax.training.pretraining import pretrain
+
+  directory = pretrain(config, workdir)
+  config.study.model.weights = str(directory)
+  experiment = experiments.load_experiment(config.study)
+  base = experiments.base_scorer(experiment)
+  print(format_table(experiments.base_results(experiment, base, experiments.OBJECTIVES)))
+
+
+if __name__ == "__main__":
+  command_line.run(main)
