@@ -10,7 +10,7 @@ flags.adopt_module_key_flags(command_line)
 def main(config, workdir):
   # Imported here, so that --help answers at once.
   from alignx_jax import experiment as experiments
-  from alignx_jax.evaluation.report import format_table, write_results
+  from alignx_jax.evaluation.results import format_table, write_results
 
   experiment = experiments.load_experiment(config)
   params = experiments.trained_params(experiment, workdir)

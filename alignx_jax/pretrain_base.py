@@ -15,7 +15,7 @@ flags.adopt_module_key_flags(command_line)
 
 def main(config, workdir):
   from alignx_jax import experiment as experiments
-  from alignx_jax.evaluation.report import format_table
+  from alignx_jax.evaluation.results import format_table
   from alignx_jax.training.pretraining import pretrain
 
   directory = pretrain(config, workdir)

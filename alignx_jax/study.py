@@ -22,11 +22,13 @@ def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
   Args:
     command: what reproduces it, for the report.
   Returns:
-    The rows of results.json, which is written with report.html to `workdir`.
+    The rows of results.json, which is written with report.html and accuracy.svg to `workdir`.
   """
   # Imported here, so that --help answers at once.
   from alignx_jax import experiment as experiments
-  from alignx_jax.evaluation import report
+  from alignx_jax.evaluation.pictures import write_picture
+  from alignx_jax.evaluation.report import write_report
+  from alignx_jax.evaluation.results import write_results
   from alignx_jax.training.metrics import read_metrics
 
   experiment = experiments.load_experiment(config)
@@ -39,8 +41,9 @@ def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
     results += experiments.policy_results(aligned, params, base)
     curves[name] = read_metrics(workdir / name)
 
-  report.write_results(workdir / "results.json", results)
-  report.write_report(
+  write_results(workdir / "results.json", results)
+  write_picture(workdir / "accuracy.svg", results)
+  write_report(
     workdir / "report.html",
     title="Aligning to each user: ICA and PBA",
     summary=_summary(results),
@@ -85,7 +88,7 @@ def _one_user(experiment) -> tuple[str, list[str]]:
 
 
 def main(config, workdir):
-  from alignx_jax.evaluation.report import format_table
+  from alignx_jax.evaluation.results import format_table
 
   command = " ".join(["python -m alignx_jax.study", *sys.argv[1:]])
   print(format_table(run_study(config, workdir, command=command)))

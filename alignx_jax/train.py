@@ -16,7 +16,7 @@ _EVALUATE = flags.DEFINE_bool("evaluate", True, "Evaluate after training.")
 def main(config, workdir):
   # Imported here, so that --help answers at once.
   from alignx_jax import experiment as experiments
-  from alignx_jax.evaluation.report import format_table, write_results
+  from alignx_jax.evaluation.results import format_table, write_results
 
   experiment = experiments.load_experiment(config)
   result = experiments.run_training(experiment, workdir)

@@ -4,10 +4,11 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
-from alignx_jax.evaluation import report
+from alignx_jax.evaluation import pictures, report, results
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -94,12 +95,12 @@ def page(tmp_path):
 
 
 def test_table_holds_the_inputs_in_order():
-  head, rule, *rows = report.format_table(RESULTS).splitlines()
+  head, rule, *rows = results.format_table(RESULTS).splitlines()
   assert len({len(line) for line in (head, rule, *rows)}) == 1
   assert set(rule) <= set("|-: ")
   for row, expected in zip(rows, RESULTS, strict=True):
     policy, condition, protocol, accuracy, pairs = (c.strip() for c in row.strip("|").split("|"))
-    assert (policy, condition, protocol) == tuple(expected[k] for k in report.COLUMNS[:3])
+    assert (policy, condition, protocol) == tuple(expected[k] for k in results.COLUMNS[:3])
     numbers = [float(n) for n in re.findall(r"[\d.]+", accuracy)]
     assert numbers == [round(100 * expected[key], 1) for key in ("accuracy", "low", "high")]
     assert int(pairs) == expected["examples"]
@@ -111,7 +112,7 @@ def test_page_is_balanced_and_fetches_nothing(page):
   assert not parsed.find("script") and not parsed.find("link") and "http:" not in text
   assert ("viewport" in text) and ("prefers-color-scheme: dark" in text)
   words = [text for _, text in parsed.find("dt")]
-  assert {w for kind in report.LEGEND.values() for w in kind} | {"jax"} == set(words)
+  assert {w for kind in results.LEGEND.values() for w in kind} | {"jax"} == set(words)
 
 
 def test_all_text_is_escaped(page):
@@ -176,7 +177,7 @@ def test_curves_draw_every_run_raw_and_smooth(page):
 
 def test_a_spike_survives_thinning():
   points = [(i, 1000.0 if i == 4321 else 0.0) for i in range(10_000)]
-  kept = report._thin(points)
+  kept = pictures._thin(points)
   assert (4321, 1000.0) in kept and len(kept) <= 800 and kept == sorted(kept)
 
 
@@ -184,46 +185,56 @@ def test_points_that_cannot_be_drawn_are_counted(page):
   curves = {"ica": [{"step": 0, "loss": 0.7}, {"step": 1, "loss": math.nan}]}
   text, _ = page(curves=curves)
   assert "1 points were NaN or infinite" in text
-  assert text.count(report.EMPTY) == 2  # The two other metrics.
+  assert text.count(results.EMPTY) == 2  # The two other metrics.
 
 
 def test_empty_inputs(page, tmp_path):
   text, _ = page(results=[], curves={}, config={}, versions={}, command="")
-  assert text.count(report.EMPTY) == 3
-  assert report.EMPTY in page(curves={"ica": []})[0]
-  assert report.format_table([]) == report.EMPTY
-  report.write_results(tmp_path / "r.json", [])
+  assert text.count(results.EMPTY) == 3
+  assert results.EMPTY in page(curves={"ica": []})[0]
+  assert results.format_table([]) == results.EMPTY
+  results.write_results(tmp_path / "r.json", [])
   assert json.loads((tmp_path / "r.json").read_text()) == []
 
 
 @pytest.mark.parametrize("change", [{"accuracy": 86.2}, {"low": math.nan}])
 def test_a_share_out_of_range_is_refused(change):
   with pytest.raises(ValueError, match=r"results\[1\].*give a share"):
-    report.format_table([result(), result() | change])
+    results.format_table([result(), result() | change])
 
 
 def test_a_missing_key_is_named():
   with pytest.raises(ValueError, match=r"results\[0\] has no 'low'"):
-    report.format_table([{k: v for k, v in result().items() if k != "low"}])
+    results.format_table([{k: v for k, v in result().items() if k != "low"}])
 
 
 def test_results_round_trip(tmp_path):
   path = tmp_path / "new" / "results.json"
-  report.write_results(path, RESULTS)
+  results.write_results(path, RESULTS)
   assert json.loads(path.read_text()) == RESULTS
   assert path.read_text().startswith('[\n {\n  "policy"')
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
   path = tmp_path / "results.json"
-  report.write_results(path, RESULTS)
+  results.write_results(path, RESULTS)
   assert list(tmp_path.iterdir()) == [path]
 
   def fail(*args):
     raise OSError("disk full")
 
-  monkeypatch.setattr(report.os, "replace", fail)
+  monkeypatch.setattr(results.os, "replace", fail)
   with pytest.raises(OSError, match="disk full"):
-    report.write_results(path, [])
+    results.write_results(path, [])
   assert list(tmp_path.iterdir()) == [path]
   assert json.loads(path.read_text()) == RESULTS
+
+
+def test_the_picture_stands_alone(tmp_path):
+  pictures.write_picture(tmp_path / "accuracy.svg", RESULTS)
+  root = ElementTree.parse(tmp_path / "accuracy.svg").getroot()
+  assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "720"
+  bars = root.findall("{http://www.w3.org/2000/svg}rect")
+  assert [bar.get("width") for bar in bars] == [f"{100 * r['accuracy']:.2f}%" for r in RESULTS]
+  with pytest.raises(ValueError, match="no results"):
+    pictures.write_picture(tmp_path / "accuracy.svg", [])

@@ -1,0 +1,100 @@
+"""What an evaluation measured: rows of results.json, and as a table.
+
+A result is a dict: "policy", "condition", "protocol" (strings, see LEGEND), "accuracy" with
+its 95 % bootstrap interval "low" to "high" (shares, 0 to 1), and "examples", how many pairs
+were scored. Other keys are kept and ignored.
+"""
+
+import json
+import os
+from pathlib import Path
+
+LEGEND = {
+  "policy": {
+    "base": "the model before alignment",
+    "ica": "in-context alignment: trained to read the raw persona P",
+    "pba": "preference-bridged alignment: trained to read P̃, the user's preference directions",
+    "length": "a control, no model",
+  },
+  "condition": {
+    "persona": "the policy reads the raw persona (ICA)",
+    "inferred": "P̃ inferred from the history (PBA)",
+    "golden": "P̃ from the record's label, the ceiling",
+    "shuffled": "another user's persona or P̃, the floor",
+    "none": "no persona",
+    "length": "the longer response wins, no model",
+  },
+  "protocol": {
+    "matched": "reference scored on the same prompt",
+    "release": "reference scored on the raw-persona prompt, as the AlignX release does",
+    "unconditioned": "the reference is the untrained base without any persona",
+  },
+}
+COLUMNS = ("policy", "condition", "protocol", "accuracy % [95 % CI]", "pairs")
+EMPTY = "nothing measured"
+
+
+def format_table(results) -> str:
+  """The results, in the order given, as a Markdown table that also reads well in a terminal.
+
+  Raises:
+    ValueError: a result lacks a key, or a share is not within 0 to 1.
+  """
+  check(results)
+  if not results:
+    return EMPTY
+  plain = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+  rows = [
+    (*(plain(r[key]) for key in COLUMNS[:3]), f"{percent(r)} {interval(r)}", str(r["examples"]))
+    for r in results
+  ]
+  widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+  line = lambda cells: "| " + " | ".join(cells) + " |"
+  fit = lambda row: [
+    cell.ljust(width) if i < 3 else cell.rjust(width)
+    for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+  ]
+  rule = ["-" * width if i < 3 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+  return "\n".join(line(cells) for cells in (fit(COLUMNS), rule, *map(fit, rows)))
+
+
+def write_results(path, results) -> None:
+  """Writes the results, every key of them, as a JSON list; atomically.
+
+  Raises:
+    ValueError: a number is NaN or infinite, which JSON cannot hold.
+  """
+  number = lambda value: value.item()  # NumPy and JAX scalars
+  write_text(path, json.dumps(list(results), indent=1, allow_nan=False, default=number) + "\n")
+
+
+def check(results):
+  """Raises ValueError on the first result that cannot be shown truthfully."""
+  for i, result in enumerate(results):
+    for key in ("policy", "condition", "protocol", "accuracy", "low", "high", "examples"):
+      if key not in result:
+        raise ValueError(f"results[{i}] has no {key!r}: it has {sorted(result)}")
+    for key in ("accuracy", "low", "high"):
+      if not 0 <= result[key] <= 1:  # NaN fails too
+        raise ValueError(f"results[{i}][{key!r}] is {result[key]}: give a share, from 0 to 1")
+
+
+def write_text(path, text):
+  """Writes beside `path`, then renames: a reader sees the old file or the new one whole."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    # User text may hold lone surrogates, which UTF-8 cannot.
+    temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def percent(result):
+  return f"{100 * result['accuracy']:.1f}"
+
+
+def interval(result):
+  return f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
