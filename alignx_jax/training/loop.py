@@ -38,15 +38,18 @@ class TrainState(NamedTuple):
 
 
 def scorer(model: Decoder, params, mesh, *, rows: int, chunk: int) -> Callable[[Rows], jax.Array]:
-  """A compiled function from Rows to response log-probs [B, N, E] under `params`."""
+  """A function from Rows to response log-probs [B, N, E] under `params`.
+
+  Scorers of the same architecture and sizes share one compiled program.
+  """
   graph = nnx.graphdef(model)
   sharding = meshes.rows_sharding(mesh, rows)
+  return lambda rows: _score(params, jax.device_put(rows, sharding), graph=graph, chunk=chunk)
 
-  @jax.jit
-  def log_probs(params, rows):
-    return response_log_probs(nnx.merge(graph, params), rows, chunk=chunk)
 
-  return lambda rows: log_probs(params, jax.device_put(rows, sharding))
+@functools.partial(jax.jit, static_argnames=("graph", "chunk"))
+def _score(params, rows, *, graph, chunk):
+  return response_log_probs(nnx.merge(graph, params), rows, chunk=chunk)
 
 
 def train_step(state: TrainState, rows: Rows, *, graph, optimizer, beta, chunk, accumulation):
@@ -79,7 +82,7 @@ def train_step(state: TrainState, rows: Rows, *, graph, optimizer, beta, chunk, 
     (gradient, metrics), _ = jax.lax.scan(add_part, zeros, parts)
   examples = metrics["loss"][1]
   gradient = jax.tree.map(lambda g: g / jnp.maximum(examples, 1).astype(g.dtype), gradient)
-  metrics["gradient_norm"] = (optax.global_norm(gradient), jnp.float32(1))
+  metrics["gradient_norm"] = (optax.tree.norm(gradient), jnp.float32(1))
   updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)
   return TrainState(state.step + 1, params, new_optimizer), metrics
