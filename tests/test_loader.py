@@ -306,11 +306,13 @@ def test_a_format_with_bos_needs_a_tokenizer_with_bos():
     formatting(prompt="release_eval", tokenizer=dataclasses.replace(TOKENIZER, bos_id=None))
 
 
-def test_reference_log_probs_go_with_their_examples(users):
-  reference = np.random.default_rng(0).normal(size=(2 * len(users), 2)).astype(np.float32)
+@pytest.mark.parametrize("epochs_scored", [1, 2])
+def test_reference_log_probs_go_with_their_examples(users, epochs_scored):
+  size = epochs_scored * len(users)
+  reference = np.random.default_rng(0).normal(size=(size, 2)).astype(np.float32)
   for batch in batches_of(users, epochs=2, seed=2, reference=reference):
     for b, e in zip(*np.nonzero(batch.weight_BE), strict=True):
-      expected = reference[batch.example_BE[b, e]]
+      expected = reference[batch.example_BE[b, e] % size]
       np.testing.assert_array_equal(batch.reference_BNE[b, :, e], expected)
 
 

@@ -153,3 +153,28 @@ def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(config, goldens):
   config.model.tokenizer = "bytes"  # 259 ids, the model embeds 256
   with pytest.raises(ValueError, match="config.model.tokenizer"):
     experiments.load_experiment(config)
+
+
+def test_a_workdir_of_another_config_is_refused(config, tmp_path):
+  loop.write_config(config, tmp_path)
+  config.train.log_every = 7  # changes nothing of the run
+  loop.write_config(config, tmp_path)
+  config.objective.beta = 0.5
+  with pytest.raises(ValueError, match=r"objective\.beta was 0\.1 and is 0\.5\. Use another"):
+    loop.write_config(config, tmp_path)
+
+
+def test_epochs_alike_share_one_reference(config, tmp_path):
+  config.data.history = "all"
+  config.train.epochs = 2
+  _, lines = _run(config, tmp_path / "run")
+  (file,) = (tmp_path / "run" / "reference").glob("*.npy")
+  examples = experiments.load_experiment(config).train
+  assert np.load(file).shape == (len(examples), 2)
+  assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_more_steps_than_the_data_has_is_refused(config, tmp_path):
+  config.train.steps = 1000
+  with pytest.raises(ValueError, match=r"ends after \d+ steps; raise config\.train\.epochs"):
+    _run(config, tmp_path / "run")

@@ -159,7 +159,8 @@ class Loader:
     epochs: passes over the data.
     seed: of order and history; None keeps the order.
     bins: rows filled at once by the packer; more pack tighter.
-    reference: response log-probs [stream, N] under the reference, None until computed.
+    reference: response log-probs under the reference, [stream, N], or [examples, N] if every
+      epoch is alike; None until computed.
     counts: refused examples by reason and dropped history items, so far as it was read.
   """
 
@@ -191,7 +192,9 @@ class Loader:
     if ids.dropped:
       self.counts["history items dropped"] += ids.dropped
     stream_index = epoch * len(self.examples) + index
-    reference = (0.0, 0.0) if self.reference is None else self.reference[stream_index]
+    reference = (0.0, 0.0)
+    if self.reference is not None:
+      reference = self.reference[stream_index % len(self.reference)]
     return make_features(*ids[:3], index=stream_index, reference=reference)
 
   def dataset(self) -> grain.IterDataset:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 from absl import logging
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -215,7 +217,12 @@ def train(
     bar = stack.enter_context(tqdm(total=steps, initial=first, desc=workdir.name, unit="step"))
     started = time.perf_counter()
     for step in range(first, steps):
-      rows = next(iterator)
+      rows = next(iterator, None)
+      if rows is None:
+        raise ValueError(
+          f"The data ends after {step} steps; raise config.train.epochs or lower "
+          f"config.train.steps from {steps}."
+        )
       state, metrics = step_fn(state, jax.device_put(rows, rows_sharding))
       # Read the step before this one, while this one runs.
       if pending is not None:
@@ -243,8 +250,29 @@ def _report_counts(counts: dict[str, int], loader: Loader) -> None:
     )
 
 
+# What may differ between a run and its resumption: how, not what, is trained.
+_FREE = re.compile(r"eval\..*|reference\.directory|train\.(devices|keep_checkpoints|\w+_every)")
+
+
 def write_config(config: Any, workdir: Path) -> None:
-  """config.json beside what it made."""
+  """config.json beside what it made.
+
+  Raises:
+    ValueError: the workdir holds a run that another config made; names the fields.
+  """
+  path = workdir / "config.json"
+  new = json.loads(json.dumps(config.to_dict()))
+  if path.exists():
+    old = flatten_dict(json.loads(path.read_text(encoding="utf-8")), sep=".")
+    now = flatten_dict(new, sep=".")
+    changed = [
+      f"{name} was {old.get(name)!r} and is {now.get(name)!r}"
+      for name in sorted(old.keys() | now.keys())
+      if old.get(name) != now.get(name) and not _FREE.fullmatch(name)
+    ]
+    if changed:
+      raise ValueError(
+        f"{workdir} holds a run with another config: {'; '.join(changed)}. Use another --workdir."
+      )
   workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(config.to_dict(), indent=2, default=str) + "\n"
-  (workdir / "config.json").write_text(text, encoding="utf-8")
+  path.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
