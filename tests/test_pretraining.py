@@ -81,21 +81,11 @@ def config():
   )
 
 
-def test_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(config, tmp_path, killed_at):
   whole = pretraining.pretrain(config, tmp_path / "whole")
 
-  class Killed(Exception):
-    pass
-
-  def die_at_five(self, step, metrics, write=pretraining.MetricWriter.write):
-    if step == 5:
-      raise Killed
-    write(self, step, metrics)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(pretraining.MetricWriter, "write", die_at_five)
-    with pytest.raises(Killed):
-      pretraining.pretrain(config, tmp_path / "cut")
+  with killed_at(5):
+    pretraining.pretrain(config, tmp_path / "cut")
   resumed = pretraining.pretrain(config, tmp_path / "cut")
   losses = [[x["loss"] for x in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
   assert losses[0] == losses[1] and len(losses[0]) == 8

@@ -64,22 +64,12 @@ def test_loss_starts_at_log_two_and_falls(config, tmp_path, objective):
   assert np.mean([line["loss"] for line in lines[-3:]]) < 0.6
 
 
-def test_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(config, tmp_path, killed_at):
   whole, whole_lines = _run(config, tmp_path / "whole")
   assert whole.steps >= 5
 
-  class Killed(Exception):
-    pass
-
-  def die_at_three(self, step, metrics, write=loop.MetricWriter.write):
-    if step == 3:
-      raise Killed
-    write(self, step, metrics)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop.MetricWriter, "write", die_at_three)
-    with pytest.raises(Killed):
-      _run(config, tmp_path / "cut")
+  with killed_at(3):
+    _run(config, tmp_path / "cut")
   resumed, lines = _run(config, tmp_path / "cut")
   _assert_equal(whole.params, resumed.params)
   assert [line["step"] for line in lines] == list(range(whole.steps))
