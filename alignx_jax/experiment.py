@@ -12,6 +12,7 @@ from alignx_jax.data.rows import Regions
 from alignx_jax.data.splits import load_splits
 from alignx_jax.data.tokenizers import Tokenizer, load_tokenizer
 from alignx_jax.evaluation.accuracy import (
+  PROTOCOLS,
   Scorer,
   evaluate_base,
   evaluate_policy,
@@ -23,7 +24,9 @@ from alignx_jax.models.pretrained import find_weights, load_decoder
 from alignx_jax.personas.preferences import alignx_space
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.checkpoints import Checkpoints
-from alignx_jax.training.loop import TrainResult, scorer, train, write_config
+from alignx_jax.training.loop import TrainResult, scorer, train
+from alignx_jax.training.reference import cache_key
+from alignx_jax.training.run_config import check_run_config
 
 # The condition that each objective trains on.
 OBJECTIVES = {"ica": "persona", "pba": "inferred"}
@@ -63,6 +66,7 @@ def load_experiment(config) -> Experiment:
       f"No objective {config.objective.name!r}; set config.objective.name to "
       f"{' or '.join(OBJECTIVES)}."
     )
+  _check_sizes(config)
   tokenizer, model = load_tokenizer_and_model(config)
   space = alignx_space()
   splits = load_splits(config.data, space, seed=config.seed)
@@ -78,11 +82,33 @@ def load_experiment(config) -> Experiment:
   return Experiment(config, model, formatting, splits["train"], splits["test"])
 
 
+def _check_sizes(config) -> None:
+  """Raises ValueError, naming the field, on what would fail late or oddly."""
+  devices = config.train.devices or jax.device_count()
+  if devices > jax.device_count():
+    raise ValueError(f"config.train.devices is {devices}; this machine has {jax.device_count()}.")
+  for field, rows in (("train.rows", config.train.rows), ("eval.rows", config.eval.rows)):
+    if rows < 1 or rows % devices:
+      raise ValueError(
+        f"config.{field} is {rows}; set it to a multiple of the {devices} devices, or set "
+        "config.train.devices."
+      )
+  if config.train.rows % (config.train.accumulation * devices):
+    raise ValueError(
+      f"config.train.accumulation is {config.train.accumulation}; {config.train.rows} rows do "
+      f"not split into that many parts on {devices} devices: change config.train.rows."
+    )
+  if unknown := set(config.eval.protocols) - set(PROTOCOLS):
+    raise ValueError(
+      f"config.eval.protocols has {sorted(unknown)[0]!r}; there are {', '.join(PROTOCOLS)}."
+    )
+
+
 def load_tokenizer_and_model(config) -> tuple[Tokenizer, Decoder]:
   """The tokenizer and the base model of config.model.
 
   Raises:
-    ValueError: the tokenizer has ids that the model has no embedding for.
+    ValueError: the tokenizer does not fit the model, or the row is too long for it.
   """
   options = {name: config.model[name] for name in ("param_dtype", "compute_dtype", "remat")}
   weights = config.model.weights
@@ -96,26 +122,38 @@ def load_tokenizer_and_model(config) -> tuple[Tokenizer, Decoder]:
     beside = find_weights(weights)
     model = load_decoder(beside, **options)
   tokenizer = load_tokenizer(config.model.tokenizer or beside)
-  if tokenizer.vocab_size > model.arch.vocab_size:
+  # Models pad their vocabulary a little; one much larger belongs to another tokenizer.
+  least = 0 if weights.startswith("preset:") else 0.9 * model.arch.vocab_size
+  if not least <= tokenizer.vocab_size <= model.arch.vocab_size:
     raise ValueError(
       f"The tokenizer has {tokenizer.vocab_size} ids and the model {weights} embeds "
       f"{model.arch.vocab_size}; set config.model.tokenizer to the model's own."
+    )
+  longest = config.regions.context + config.regions.response
+  if longest > model.arch.max_positions:
+    raise ValueError(
+      f"config.regions.context and response make {longest} positions; {weights} was made for "
+      f"{model.arch.max_positions}: lower them."
     )
   return tokenizer, model
 
 
 def run_training(experiment: Experiment, workdir: Path) -> TrainResult:
   """Trains as the config says; again resumes."""
+  loader = training_loader(experiment)
+  return train(experiment.config, workdir, model=experiment.model, loader=loader)
+
+
+def training_loader(experiment: Experiment) -> Loader:
+  """The stream of a config's training examples."""
   config = experiment.config
-  write_config(config, workdir)
-  loader = Loader(
+  return Loader(
     experiment.train,
     experiment.formatting,
     rows=config.train.rows,
     epochs=config.train.epochs,
     seed=config.seed,
   )
-  return train(config, workdir, model=experiment.model, loader=loader)
 
 
 def base_scorer(experiment: Experiment) -> Scorer:
@@ -143,15 +181,18 @@ def evaluate_alone(experiment: Experiment, params: nnx.State) -> list[dict]:
 
 
 def trained_params(experiment: Experiment, workdir: Path) -> nnx.State:
-  """Parameters of a workdir's newest checkpoint.
+  """Parameters of the newest checkpoint of a run of this config.
 
   Raises:
     FileNotFoundError: there is none.
+    ValueError: another config made the run.
   """
   checkpoints = Checkpoints(workdir, keep=1)
   step = checkpoints.latest_step()
   if step is None:
     raise FileNotFoundError(f"{workdir} has no checkpoint; train there first.")
+  key = cache_key(training_loader(experiment), experiment.model)
+  check_run_config(experiment.config, workdir, key)
   params = checkpoints.restore_params(step, nnx.state(experiment.model))
   checkpoints.close()
   return params

@@ -16,12 +16,13 @@ def get_config():
   config.data.history = "all"
   config.data.path = "../shared/data/p_soups/friendly_unfriendly.json"
   config.regions.context = 1024
-  config.regions.response = 320
-  config.regions.examples = 8
-  config.optimizer.learning_rate = 2e-5
-  config.optimizer.warmup_share = 0.1
-  config.train.epochs = 2
-  config.train.rows = 4
-  config.train.checkpoint_every = 20
-  config.eval.rows = 4
+  config.regions.response = 128
+  config.regions.examples = 6
+  config.model.remat = False
+  config.optimizer.learning_rate = 5e-5
+  config.train.epochs = 1
+  config.train.rows = 2
+  config.train.accumulation = 2
+  config.train.checkpoint_every = 10
+  config.eval.rows = 2
   return config

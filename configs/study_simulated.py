@@ -15,6 +15,7 @@ def get_config():
   config.data.path = "simulated"
   config.data.train_records = 4000
   config.data.test_records = 600
+  config.data.history = "all"
   config.regions.context = 1024
   config.regions.response = 160
   config.regions.examples = 6

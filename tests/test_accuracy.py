@@ -103,25 +103,23 @@ def test_an_untrained_base_is_compared_with_itself_without_the_persona():
 
 
 def test_pairs_that_were_refused_are_left_out_and_counted():
-  policy = _scorer(persona=[1, np.nan, 1, -1, np.nan])
-  base = _scorer(persona=[0, np.nan, 0, 0, 0])
-  row, *_ = evaluate_policy("ica", policy, base, protocols=[]) or [None]
-  assert row is None
   policy = _scorer(persona=[1, np.nan, 1, -1, np.nan], shuffled_persona=[0] * 5, none=[0] * 5)
   base = _scorer(persona=[0, np.nan, 0, 0, 0], shuffled_persona=[0] * 5, none=[0] * 5)
   row = evaluate_policy("ica", policy, base, protocols=["matched"])[0]
   assert (row["accuracy"], row["examples"], row["refused"]) == (2 / 3, 3, 2)
 
 
-def test_without_labels_the_golden_row_is_absent_and_the_others_are_measured():
-  unlabelled = [dataclasses.replace(e, directions=None) for e in EXAMPLES]
+@pytest.mark.parametrize("labelled", [0, 2])
+def test_the_golden_row_is_of_the_records_with_labels(labelled):
+  examples = [dataclasses.replace(e, directions=None) for e in EXAMPLES[labelled:]]
 
   def log_probs(rows):
     return np.zeros_like(rows.reference_BNE)
 
-  scorer = Scorer("zero", log_probs, unlabelled, FORMATTING, rows=1)
-  conditions = {r["condition"] for r in evaluate_policy("pba", scorer, scorer)}
-  assert conditions == {"inferred", "shuffled", "none"}
+  scorer = Scorer("zero", log_probs, [*EXAMPLES[:labelled], *examples], FORMATTING, rows=1)
+  sizes = {r["condition"]: r["examples"] for r in evaluate_policy("pba", scorer, scorer)}
+  golden = {"golden": labelled} if labelled else {}
+  assert sizes == {"inferred": 5, "shuffled": 5, "none": 5} | golden
 
 
 def test_scores_come_back_in_the_order_of_the_examples():
@@ -148,11 +146,29 @@ def test_the_length_control_counts_a_tie_as_a_coin_would():
   assert length_control(examples)["accuracy"] == 0.5
 
 
+def test_one_pair_alone_cannot_be_shuffled():
+  with pytest.raises(ValueError, match="two or more"):
+    shuffled(EXAMPLES[:1])
+
+
+def test_without_a_scored_pair_there_is_no_figure():
+  with pytest.raises(ValueError, match="None of the 5 test pairs"):
+    result("ica", "persona", "matched", EXAMPLES, np.full(5, np.nan))
+
+
 @pytest.mark.parametrize("share", [0.5, 0.748, 0.95])
-def test_the_bootstrap_interval_is_about_the_binomial_one(share):
-  correct = np.arange(1000) < share * 1000
-  low, high = bootstrap_interval(correct.astype(float))
+def test_the_interval_of_independent_pairs_is_about_the_binomial_one(share):
+  correct = (np.arange(1000) < share * 1000).astype(float)
+  low, high = bootstrap_interval(correct, range(1000))
   error = 1.96 * np.sqrt(share * (1 - share) / 1000)
   assert low == pytest.approx(share - error, abs=0.004)
   assert high == pytest.approx(share + error, abs=0.004)
-  assert result("ica", "persona", "matched", correct)["examples"] == 1000
+
+
+def test_pairs_repeated_under_one_post_do_not_narrow_the_interval():
+  correct = (np.arange(50) % 4 > 0).astype(float)
+  alone = bootstrap_interval(correct, range(50))
+  repeated = bootstrap_interval(np.repeat(correct, 7), np.repeat(np.arange(50), 7))
+  np.testing.assert_allclose(alone, repeated, atol=0.03)
+  low, high = bootstrap_interval(np.repeat(correct, 7), range(350))
+  assert high - low < 0.5 * (repeated[1] - repeated[0])

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from alignx_jax.data.loader import (
-  ConditionError,
-  DoesNotFit,
   Formatting,
   Loader,
+  Refused,
   condition_of,
   infer_profile,
   tokenise,
@@ -269,11 +268,11 @@ def test_a_context_too_long_drops_its_oldest_items(dropped):
 def test_what_cannot_fit_is_refused_and_counted(users, changes, reason):
   bad = dataclasses.replace(users[3], **changes)
   form = formatting(context=700)
-  with pytest.raises(DoesNotFit, match=reason):
+  with pytest.raises(Refused, match=reason):
     tokenise(bad, form, bad.persona)
   loader = Loader([*users[:3], bad, *users[4:8]], form, rows=2, bins=4, epochs=2, seed=0)
   assert sorted(order_of(loader.dataset())) == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]
-  assert loader.counts[f"examples refused: {reason}"] == 2
+  assert loader.counts[f"refused, {reason}"] == 2
   assert loader.stream_length == 16
 
 
@@ -284,13 +283,13 @@ def test_a_response_may_fill_its_region_to_the_last_token():
   assert order_of(batches_of([example], formatting(response=size - 1))) == []
 
 
-def test_dropped_history_items_are_counted():
-  example = make_example()
-  loader = Loader([example, make_example(0, 0)], formatting(context=300, response=32), rows=1)
+def test_examples_that_lost_history_are_counted():
+  loader = Loader(
+    [make_example(), make_example(0, 0)], formatting(context=300, response=32), rows=1
+  )
   shown = context_texts(loader.dataset())[0]
-  dropped = len(example.persona.history) - shown.count("Post: p")
-  assert dropped > 0
-  assert loader.counts["history items dropped"] == dropped
+  assert shown.count("Post: p") < 5
+  assert loader.counts == {"too long, oldest history items dropped": 1}
 
 
 @pytest.mark.parametrize(("prompt", "bos"), [("release_eval", True), ("release_train", False)])
@@ -316,21 +315,31 @@ def test_reference_log_probs_go_with_their_examples(users, epochs_scored):
       np.testing.assert_array_equal(batch.reference_BNE[b, :, e], expected)
 
 
-def test_golden_needs_labels(users):
-  unlabelled = dataclasses.replace(users[0], directions=None)
-  form = formatting(condition="golden")
-  with pytest.raises(ConditionError, match="users:0: no 'Preference Direction'"):
+@pytest.mark.parametrize("condition", ["golden", "inferred"])
+def test_a_record_without_labels_is_refused_and_counted(users, condition):
+  persona = Persona(comments=(UserComment("p", "c"),))
+  unlabelled = dataclasses.replace(users[0], directions=None, persona=persona)
+  form = formatting(condition=condition)
+  with pytest.raises(Refused, match=f"no {condition} P̃"):
     condition_of(unlabelled, unlabelled.persona, form)
-  with pytest.raises(ConditionError, match="users:0: no 'Preference Direction'"):
-    batches_of([*users[1:4], unlabelled], form)
+  loader = Loader([*users[1:4], unlabelled], form, rows=2)
+  assert sorted(order_of(loader.dataset())) == [0, 1, 2]
+  ((reason, count),) = loader.counts.items()
+  assert f"no {condition} P̃" in reason and count == 1
 
 
-def test_inferred_needs_directions_or_a_profile():
+def test_inferred_needs_directions_of_every_item_or_a_profile():
   example = make_example()
-  with pytest.raises(ConditionError, match="hand:0: no history directions and no 'profile'"):
+  with pytest.raises(Refused, match="neither history directions nor 'profile'"):
     infer_profile(example, example.persona, SPACE)
   known = dataclasses.replace(example, profile="Young")
   assert infer_profile(known, known.persona, SPACE) == "Young"
+  # A profile of the whole history is no answer where some items have directions.
+  first, *rest = example.persona.comments
+  labelled = dataclasses.replace(first, directions=np.full(90, 1.0))
+  partly = dataclasses.replace(known.persona, comments=(labelled, *rest))
+  with pytest.raises(Refused, match="some history items lack 'Preference Direction'"):
+    infer_profile(known, partly, SPACE)
 
 
 def test_inferred_uses_the_history_that_is_shown(users):

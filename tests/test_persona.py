@@ -66,12 +66,3 @@ def test_the_oldest_goes_first():
       break
   assert dropped == len(whole) == 5
   assert persona.drop_oldest() == persona
-
-
-def test_history_directions_need_every_item():
-  known, other = np.full(90, 1.0), np.full(90, 0.0)
-  comment, pair = UserComment("p", "c", known), ComparedPair("p", "a", "b", other)
-  persona = Persona((comment,), (pair,))
-  np.testing.assert_array_equal(persona.history_directions(), [known, other])
-  assert Persona((comment, UserComment("p", "c")), (pair,)).history_directions() is None
-  assert Persona(description="A gardener.").history_directions() is None

@@ -13,7 +13,6 @@ from alignx_jax.personas.prompts import (
   Piece,
   chat_format,
   fill,
-  prompt_format,
   render_prompt,
   render_response,
   text_of,
@@ -44,14 +43,6 @@ def test_prompts_are_those_of_the_release(goldens, variant, cases):
   assert len(records) == cases
   for golden in records:
     assert text_of(render_golden(golden["record"], variant)) == golden[variant]
-
-
-def test_only_the_releases_evaluation_begins_with_bos():
-  assert {name: prompt_format(name)["bos"] for name in PROMPTS} == {
-    "default": False,
-    "release_train": False,
-    "release_eval": True,
-  }
 
 
 def hostile(name):

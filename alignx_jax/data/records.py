@@ -134,8 +134,8 @@ def read_records(path: str | Path) -> list[dict]:
     FileNotFoundError, ValueError: name the file and what to do.
   """
   path = Path(path)
-  if not path.exists():
-    raise FileNotFoundError(f"{path} does not exist; set config.data.path to a JSON list.")
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} is no file; set config.data.path to a JSON list.")
   try:
     records = json.loads(path.read_text(encoding="utf-8"))
   except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from alignx_jax.data.records import Example, parse_record, read_examples
+from alignx_jax.data.records import (
+  COMMENTS,
+  DESCRIPTION,
+  PAIRS,
+  Example,
+  parse_record,
+  read_examples,
+)
 from alignx_jax.personas.preferences import PreferenceSpace
 from alignx_jax.personas.simulator import simulate_record
 
@@ -31,6 +38,17 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, list[
   splits = split_by_post(examples, test_share=config.test_share, seed=seed)
   splits["train"] = splits["train"][: config.train_records]
   splits["test"] = splits["test"][: config.test_records]
+  for split, part in splits.items():
+    if not part:
+      raise ValueError(
+        f"{config.path} leaves no {split} examples; set config.data.test_share between 0 and 1. "
+        "(Posts that occur in a history never test.)"
+      )
+  if not any(e.persona.history or e.persona.description for e in splits["train"]):
+    raise ValueError(
+      f"No training record of {config.path} has a persona: none of {COMMENTS!r}, {PAIRS!r} "
+      f"or {DESCRIPTION!r}; check how the fields are spelt."
+    )
   return splits
 
 
@@ -58,7 +76,8 @@ def split_by_post(
   shown = {item.post for example in examples for item in example.persona.history}
   eligible = sorted(set(posts) - shown)
   count = min(round(test_share * len(posts)), len(eligible))
-  test = set(np.random.default_rng(seed).permutation(eligible)[:count].tolist())
+  order = np.random.default_rng(seed).permutation(len(eligible))
+  test = {eligible[i] for i in order[:count]}
   return {
     "train": [e for e in examples if e.post not in test],
     "test": [e for e in examples if e.post in test],

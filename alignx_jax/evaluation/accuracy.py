@@ -14,8 +14,9 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from absl import logging
 
-from alignx_jax.data.loader import ConditionError, Formatting, Loader
+from alignx_jax.data.loader import Formatting, Loader
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Rows
 from alignx_jax.training.reference import score_stream
@@ -28,38 +29,71 @@ CONDITIONS = {
 
 
 def bootstrap_interval(
-  correct: np.ndarray, *, samples: int = 2000, seed: int = 0
+  correct: np.ndarray, groups: Sequence, *, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-  """95 % percentile interval of the mean, resampling pairs with replacement."""
-  rng = np.random.default_rng(seed)
-  means = [rng.choice(correct, len(correct)).mean() for _ in range(samples)]
+  """95 % percentile interval of the mean, resampling whole groups with replacement.
+
+  Pairs of one post are not independent: a benchmark may hold the same two responses many
+  times, with other histories. Resampling posts says how much another choice of posts
+  could have changed the figure.
+
+  Args:
+    correct: each pair's outcome, 0 … 1.
+    groups: each pair's group, its post.
+  """
+  _, member = np.unique(np.asarray(groups, object).astype(str), return_inverse=True)
+  total = np.bincount(member, weights=correct)
+  size = np.bincount(member)
+  drawn = np.random.default_rng(seed).integers(len(size), size=(samples, len(size)))
+  means = total[drawn].sum(axis=1) / size[drawn].sum(axis=1)
   low, high = np.percentile(means, [2.5, 97.5])
   return float(low), float(high)
 
 
-def result(policy: str, condition: str, protocol: str, correct: np.ndarray, **more) -> dict:
-  """One row of results.json from each pair's outcome, 0 … 1."""
-  low, high = bootstrap_interval(correct)
+def result(
+  policy: str, condition: str, protocol: str, examples: Sequence[Example], correct: np.ndarray
+) -> dict:
+  """One row of results.json.
+
+  Args:
+    examples: the test pairs.
+    correct: each pair's outcome, 0 … 1; NaN where it could not be scored. Those are left
+      out and counted as `refused`.
+  Raises:
+    ValueError: there is no pair to score.
+  """
+  scored = np.flatnonzero(np.isfinite(correct))
+  if not len(scored):
+    raise ValueError(f"None of the {len(correct)} test pairs could be scored for {policy}.")
+  posts = [examples[i].post for i in scored]
+  low, high = bootstrap_interval(correct[scored], posts)
   return {
     "policy": policy,
     "condition": condition,
     "protocol": protocol,
-    "accuracy": float(correct.mean()),
+    "accuracy": float(correct[scored].mean()),
     "low": low,
     "high": high,
-    "examples": len(correct),
-    **more,
+    "examples": len(scored),
+    "posts": len(set(posts)),
+    "refused": len(correct) - len(scored),
   }
 
 
 def length_control(examples: Sequence[Example]) -> dict:
   """'The longer response wins', in characters; a tie counts as a half, as a coin would."""
   longer = [np.sign(len(e.chosen) - len(e.rejected)) for e in examples]
-  return result("length", "length", "none", (np.asarray(longer) + 1) / 2)
+  return result("length", "length", "none", examples, (np.asarray(longer) + 1) / 2)
 
 
 def shuffled(examples: Sequence[Example], *, seed: int = 0) -> list[Example]:
-  """Each example with the persona, profile and labels of another one."""
+  """Each example with the persona, profile and labels of another one.
+
+  Raises:
+    ValueError: there is no other one.
+  """
+  if len(examples) < 2:
+    raise ValueError("One test pair cannot be given another user's persona; use two or more.")
   order = np.random.default_rng(seed).permutation(len(examples))
   other = np.empty_like(order)
   other[order] = np.roll(order, 1)  # one cycle through all: nobody keeps their own
@@ -106,7 +140,7 @@ def evaluate_policy(
 ) -> list[dict]:
   """Alignment accuracy of a trained policy under each condition it has and protocol.
 
-  Pairs that do not fit the row are left out of every mean and counted as `refused`.
+  A condition that no record has (no labels, so no golden P̃) gives no row.
 
   Args:
     policy: "ica" or "pba".
@@ -120,32 +154,28 @@ def evaluate_policy(
     if condition == "shuffled":
       references["release"] = ("persona", True)
     # Without a persona there is one prompt, hence one protocol.
-    names = [p for p in protocols if condition != "none" or p == "matched"]
-    for protocol in names:
-      try:
-        ratio = scorer.score(*key) - base.score(*references[protocol])
-      except ConditionError:
-        continue  # e.g. no labels, so no golden P̃: the row is absent, never guessed
-      results.append(_accuracy(policy, condition, protocol, ratio))
+    for protocol in protocols if condition != "none" else ["matched"]:
+      ratio = scorer.score(*key) - base.score(*references[protocol])
+      results += _accuracy(policy, condition, protocol, scorer.examples, ratio)
   return results
 
 
 def evaluate_base(base: Scorer, policies: Sequence[str]) -> list[dict]:
   """The untrained base: what the condition adds to its own unconditioned log-probs."""
   results = []
-  for condition in dict.fromkeys(CONDITIONS[p][i] for p in policies for i in (0, 1)):
-    if condition == "shuffled":
-      continue
-    try:
+  for condition in dict.fromkeys(c for p in policies for c in CONDITIONS[p]):
+    if condition not in ("shuffled", "none"):
       ratio = base.score(condition) - base.score("none")
-    except ConditionError:
-      continue
-    results.append(_accuracy("base", condition, "unconditioned", ratio))
+      results += _accuracy("base", condition, "unconditioned", base.examples, ratio)
   return results
 
 
-def _accuracy(policy, condition, protocol, ratio) -> dict:
+def _accuracy(policy, condition, protocol, examples, ratio) -> list[dict]:
+  """One row, or none where the condition could not be scored at all."""
   margin = ratio[:, 0] - ratio[:, 1]
   scored = np.isfinite(margin)
-  correct = (margin[scored] > 0).astype(np.float64)
-  return result(policy, condition, protocol, correct, refused=int((~scored).sum()))
+  if not scored.any():
+    logging.warning("%s, %s: no pair could be scored, so there is no such row.", policy, condition)
+    return []
+  correct = np.where(scored, margin > 0, np.nan)
+  return [result(policy, condition, protocol, examples, correct)]

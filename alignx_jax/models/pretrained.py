@@ -99,8 +99,9 @@ def load_decoder(path: str | Path, **options) -> Decoder:
   wanted = set(tensor_names(arch))
   if missing := sorted(wanted - names):
     raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]!r}.")
-  # A tied model may carry its head all the same.
-  if extra := sorted(names - wanted - {"lm_head.weight"}):
+  # A tied model may carry its head all the same, and old ones their rotary frequencies.
+  ignored = {name for name in names if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
+  if extra := sorted(names - wanted - ignored):
     raise ValueError(f"{path}: {len(extra)} tensors have no place, the first is {extra[0]!r}.")
   sizes = _sizes(arch)
 
@@ -175,10 +176,17 @@ def _sizes(arch: Architecture) -> dict[str, int]:
 
 def _open_hugging_face(path: Path) -> tuple[Architecture, ReadTensor, set[str]]:
   config_file, weights_file = path / "config.json", path / "model.safetensors"
+  if (path / "model.safetensors.index.json").exists():
+    raise ValueError(f"{path} holds weights in several files; only model.safetensors is read yet.")
   for file in (config_file, weights_file):
     if not file.exists():
       raise FileNotFoundError(f"{file} does not exist; {path} is no Hugging Face model directory.")
-  arch = _parse_config(json.loads(config_file.read_text(encoding="utf-8")), config_file)
+  try:
+    arch = _parse_config(json.loads(config_file.read_text(encoding="utf-8")), config_file)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{config_file} is not whole JSON ({error}); fetch it again.") from error
+  except KeyError as error:
+    raise ValueError(f"{config_file} has no field {error}; fetch it again or add it.") from error
   try:
     # numpy has no bfloat16: "flax" gives JAX arrays, which have.
     weights = safe_open(weights_file, framework="flax")
@@ -196,9 +204,10 @@ def _parse_config(config: dict, file: Path) -> Architecture:
     raise ValueError(f"{file}: hidden_act {config['hidden_act']!r}; only 'silu' is supported.")
   if config.get("use_sliding_window", True) and config.get("sliding_window"):
     raise ValueError(f"{file}: sliding-window attention is not supported.")
-  rope = config.get("rope_parameters") or {
+  rope = {
     "rope_theta": config.get("rope_theta", 10_000.0),
     **(config.get("rope_scaling") or {}),
+    **(config.get("rope_parameters") or {}),
   }
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ("default", "llama3"):
@@ -222,10 +231,10 @@ def _parse_config(config: dict, file: Path) -> Architecture:
     feed_forward=config["intermediate_size"],
     rope_theta=float(rope["rope_theta"]),
     rope_scaling=scaling,
-    norm_epsilon=config["rms_norm_eps"],
+    norm_epsilon=config.get("rms_norm_eps", 1e-6),
     tied=config.get("tie_word_embeddings", False),
     attention_bias=config.get("attention_bias", family == "qwen2"),
-    max_positions=config["max_position_embeddings"],
+    max_positions=config.get("max_position_embeddings", 2048),
   )
 
 
@@ -277,9 +286,12 @@ def _open_gguf(path: Path) -> tuple[Architecture, ReadTensor, set[str]]:
     raise ValueError(f"{path}: architecture {family!r}; only 'llama' GGUF files are supported.")
   tensors = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
   # The factors of Llama 3.1's rope scaling come as a tensor that we would ignore.
-  if any("rope_freqs" in tensor.name for tensor in reader.tensors):
+  scaling = field("llama.rope.scaling.type", "none")
+  if scaling != "none" or any("rope_freqs" in tensor.name for tensor in reader.tensors):
     raise ValueError(f"{path}: GGUF with scaled rotary frequencies is not supported.")
   heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
+  if field("llama.attention.layer_norm_rms_epsilon") is None:
+    raise ValueError(f"{path} has no 'llama.attention.layer_norm_rms_epsilon'; fetch it again.")
   arch = Architecture(
     vocab_size=int(tensors["model.embed_tokens.weight"].shape[1]),
     width=width,

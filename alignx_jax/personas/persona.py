@@ -46,13 +46,6 @@ class Persona:
       return dataclasses.replace(self, comments=self.comments[1:])
     return dataclasses.replace(self, pairs=self.pairs[1:])
 
-  def history_directions(self) -> np.ndarray | None:
-    """Directions [K, P] of the history's K items, None unless every item has them."""
-    directions = [item.directions for item in self.history]
-    if not directions or any(d is None for d in directions):
-      return None
-    return np.stack(directions)
-
 
 HISTORY_POLICIES = ("release", "all")
 

@@ -39,12 +39,14 @@ class SimulatorConfig:
     dimensions: non-neutral dimensions of a user.
     expressed: dimensions of the user that one text expresses.
     noise: poles of the user's neutral dimensions mixed into one text.
+    described: dimensions of the user that the description gives away.
     comments, pairs: history items of a persona.
   """
 
   dimensions: tuple[int, int] = (3, 5)
   expressed: tuple[int, int] = (2, 3)
   noise: tuple[int, int] = (0, 1)
+  described: tuple[int, int] = (1, 1)
   comments: tuple[int, int] = (2, 4)
   pairs: tuple[int, int] = (1, 3)
 
@@ -147,7 +149,10 @@ def simulate_record(
     "User-Generated Content": [comment() for _ in range(_between(user.rng, config.comments))],
     "Pair-wise Comparative Feedback": [pair() for _ in range(_between(user.rng, config.pairs))],
   }
-  return pair() | history | {"Demographic Information": describe(user.directions, alignx_space())}
+  given_away = np.full(len(user.directions), NEUTRAL)
+  told = user.rng.choice(user.active, size=_between(user.rng, config.described), replace=False)
+  given_away[told] = user.directions[told]
+  return pair() | history | {"Demographic Information": describe(given_away, alignx_space())}
 
 
 def describe(directions_P, space: PreferenceSpace) -> str:
@@ -159,9 +164,10 @@ def simulate_document(index: int, *, seed: int) -> list[Piece]:
   """Document `index` of the text a small base model is pre-trained on.
 
   Plain text of people who are consistent with themselves, as in any corpus: one author's
-  comments, or a stated preference and the comments of who holds it; and chat, in which
-  the assistant has no preferences. Never a persona followed by a response that suits it,
-  nor a comparison: those are for alignment to teach.
+  comments, or a list of preferences, worded as the text bridge words it, and the comments
+  of who holds them; and chat, in which the assistant has no preferences. So the base knows
+  what the poles' names mean, and can tell an author by their words; it has seen neither a
+  comparison nor a persona answered in a way that suits it.
   """
   user = simulate_user(index, split="base", seed=seed, config=SimulatorConfig(dimensions=(2, 4)))
   habit = user.rng.permutation(6)[: user.rng.choice([1, 2, 6])]

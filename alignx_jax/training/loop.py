@@ -2,20 +2,16 @@
 
 import contextlib
 import functools
-import json
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -28,7 +24,8 @@ from alignx_jax.training import mesh as meshes
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import MetricWriter, divide
 from alignx_jax.training.optimizer import make_optimizer
-from alignx_jax.training.reference import cached_reference, fingerprint_weights
+from alignx_jax.training.reference import cache_key, cached_reference
+from alignx_jax.training.run_config import check_run_config, save_run_config
 
 
 class TrainState(NamedTuple):
@@ -111,7 +108,6 @@ class TrainResult(NamedTuple):
 
   params: nnx.State
   steps: int
-  counts: dict[str, int]
 
 
 def train(
@@ -132,6 +128,7 @@ def train(
     evaluate: called with the parameters at the end of training; what it returns is
       written with the metrics.
   Raises:
+    ValueError: the workdir holds a run of another config; or the data gives too few steps.
     FloatingPointError: the loss is not finite; names the step and the examples.
   """
   workdir = Path(workdir)
@@ -146,13 +143,17 @@ def train(
   # ------------------------------------------------------------------ reference and data
   log_probs = scorer(model, params, mesh, rows=loader.rows, chunk=config.train.head_chunk)
   directory = Path(config.reference.directory or workdir / "reference")
-  loader.reference = cached_reference(
-    log_probs, loader, directory, weights=fingerprint_weights(params)
-  )
-  loader.counts.clear()
-  steps = config.train.steps or sum(1 for _ in loader.dataset())
-  counts = dict(loader.counts)
-  _report_counts(counts, loader)
+  loader.reference = cached_reference(log_probs, loader, directory, model=model)
+  available = sum(1 for _ in loader.dataset())
+  loader.report_counts("training")
+  steps = config.train.steps or available
+  if not 0 < steps <= available:
+    raise ValueError(
+      f"The data gives {available} steps and config.train.steps asks for {steps}; set it lower, "
+      "or raise config.train.epochs."
+      if available
+      else "Every training example was refused: the warnings above say why."
+    )
 
   # ------------------------------------------------------------------ state
   optimizer = make_optimizer(config.optimizer, steps)
@@ -181,11 +182,12 @@ def train(
   # ------------------------------------------------------------------ resume
   iterator = iter(loader.dataset())
   checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
-  first = 0
-  if (latest := checkpoints.latest_step()) is not None:
-    state = checkpoints.restore(latest, state, iterator)
-    first = latest
-    logging.info("Resumed at step %d of %d from %s.", first, steps, workdir)
+  first = checkpoints.latest_step() or 0
+  if first:
+    check_run_config(config, workdir, cache_key(loader, model))
+    state = checkpoints.restore(first, state, iterator)
+  else:
+    save_run_config(config, workdir, cache_key(loader, model))
   writer = MetricWriter(workdir, first)
 
   # ------------------------------------------------------------------ loop
@@ -194,11 +196,11 @@ def train(
   def report(pending, bar):
     step, rows, metrics, started = pending
     metrics = divide(jax.device_get(metrics))
-    if not np.isfinite(metrics["loss"]):
+    if not np.isfinite(metrics["loss"] + metrics["gradient_norm"]):
       ids = [loader.examples[i % len(loader.examples)].id for i in _examples(rows)]
       raise FloatingPointError(
-        f"Loss {metrics['loss']} at step {step}, examples {', '.join(ids)}. The newest "
-        f"checkpoint in {workdir} is from before; lower optimizer.learning_rate."
+        f"Loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} at step {step}, "
+        f"examples {', '.join(ids)}; try a lower config.optimizer.learning_rate in a new --workdir."
       )
     seconds = time.perf_counter() - started
     metrics["tokens_per_second"] = float((rows.segments_BL > 0).sum()) / seconds
@@ -217,12 +219,7 @@ def train(
     bar = stack.enter_context(tqdm(total=steps, initial=first, desc=workdir.name, unit="step"))
     started = time.perf_counter()
     for step in range(first, steps):
-      rows = next(iterator, None)
-      if rows is None:
-        raise ValueError(
-          f"The data ends after {step} steps; raise config.train.epochs or lower "
-          f"config.train.steps from {steps}."
-        )
+      rows = next(iterator)
       state, metrics = step_fn(state, jax.device_put(rows, rows_sharding))
       # Read the step before this one, while this one runs.
       if pending is not None:
@@ -236,43 +233,8 @@ def train(
         started = time.perf_counter()
     if evaluate is not None:
       writer.write(steps, evaluate(state.params))
-  return TrainResult(state.params, steps, counts)
+  return TrainResult(state.params, steps)
 
 
 def _examples(rows: Rows) -> list[int]:
   return rows.example_BE[rows.example_BE >= 0].tolist()
-
-
-def _report_counts(counts: dict[str, int], loader: Loader) -> None:
-  for what, count in counts.items():
-    logging.warning(
-      "%s: %d, of a stream of %d examples; widen config.regions.", what, count, loader.stream_length
-    )
-
-
-# What may differ between a run and its resumption: how, not what, is trained.
-_FREE = re.compile(r"eval\..*|reference\.directory|train\.(devices|keep_checkpoints|\w+_every)")
-
-
-def write_config(config: Any, workdir: Path) -> None:
-  """config.json beside what it made.
-
-  Raises:
-    ValueError: the workdir holds a run that another config made; names the fields.
-  """
-  path = workdir / "config.json"
-  new = json.loads(json.dumps(config.to_dict()))
-  if path.exists():
-    old = flatten_dict(json.loads(path.read_text(encoding="utf-8")), sep=".")
-    now = flatten_dict(new, sep=".")
-    changed = [
-      f"{name} was {old.get(name)!r} and is {now.get(name)!r}"
-      for name in sorted(old.keys() | now.keys())
-      if old.get(name) != now.get(name) and not _FREE.fullmatch(name)
-    ]
-    if changed:
-      raise ValueError(
-        f"{workdir} holds a run with another config: {'; '.join(changed)}. Use another --workdir."
-      )
-  workdir.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")

@@ -61,6 +61,7 @@ def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
   devices = mesh.shape["fsdp"]
   if rows % devices:
     raise ValueError(
-      f"{rows} rows do not divide by {devices} devices; set config.train.rows to a multiple."
+      f"{rows} rows do not divide by {devices} devices; set config.train.rows and "
+      "config.eval.rows to multiples."
     )
   return NamedSharding(mesh, P("fsdp"))

@@ -4,15 +4,17 @@ import optax
 
 
 def learning_rate(config, steps: int) -> optax.Schedule:
-  """Linear warm-up from 0 over a share of `steps`, then cosine to a share of the peak."""
-  warmup = max(1, round(config.warmup_share * steps))
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=config.learning_rate,
-    warmup_steps=warmup,
-    decay_steps=max(steps, warmup + 1),
-    end_value=config.learning_rate * config.final_share,
-  )
+  """Linear warm-up to the peak over a share of `steps`, then cosine to a share of the peak.
+
+  Step i of w warm-up steps has (i + 1) / w of the peak: no step is spent at 0.
+  """
+  warmup = round(config.warmup_share * steps)
+  peak = config.learning_rate
+  decay = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=config.final_share)
+  if not warmup:
+    return decay
+  rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+  return optax.join_schedules([rise, decay], [warmup])
 
 
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from alignx_jax.data.loader import Loader
 from alignx_jax.data.rows import Rows
+from alignx_jax.models.decoder import Decoder
+from alignx_jax.personas.prompts import chat_format, prompt_format
 
 
 def score_stream(
@@ -47,22 +50,23 @@ def score_stream(
       bar.update(int((rows.example_BE >= 0).sum()))
     if pending is not None:
       store(*pending)
+  loader.report_counts(describe)
   return scores
 
 
 def cached_reference(
-  log_probs: Callable[[Rows], jax.Array], loader: Loader, directory: Path, *, weights: str
+  log_probs: Callable[[Rows], jax.Array], loader: Loader, directory: Path, *, model: Decoder
 ) -> np.ndarray:
   """score_stream of the training data, read from `directory` if it is there.
 
   A history policy that shows everything makes every epoch alike: then one is scored.
 
   Args:
-    weights: fingerprint of the reference's weights, see `fingerprint_weights`.
+    model: the reference, whose `log_probs` these are.
   """
   if loader.formatting.history == "all":
     loader = dataclasses.replace(loader, epochs=1)
-  path = directory / f"reference_{cache_key(loader, weights)}.npy"
+  path = directory / f"reference_{cache_key(loader, model)}.npy"
   if path.exists():
     return np.load(path, allow_pickle=False)
   scores = score_stream(log_probs, loader, describe="reference")
@@ -73,25 +77,28 @@ def cached_reference(
   return scores
 
 
-def cache_key(loader: Loader, weights: str) -> str:
-  """Hash of all that a stream's log-probs depend on."""
-  digest = hashlib.sha256()
+def cache_key(loader: Loader, model: Decoder) -> str:
+  """Hash of all that a stream's log-probs depend on: data, formatting, seed and model."""
   formatting = loader.formatting
-  for example in loader.examples:
-    digest.update(repr(_plain(example)).encode())
   settings = (
     loader.seed,
     loader.epochs,
     formatting.tokenizer.fingerprint,
     formatting.space,
     formatting.regions,
-    formatting.chat,
-    formatting.prompt,
+    chat_format(formatting.chat),
+    prompt_format(formatting.prompt),
     formatting.condition,
     formatting.history,
-    weights,
+    model.arch,
+    model.compute_dtype.name,
   )
-  digest.update(repr(settings).encode())
+  digest = hashlib.sha256(repr(settings).encode())
+  for example in loader.examples:
+    digest.update(repr(_plain(example)).encode())
+  for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
+    digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
   return digest.hexdigest()[:32]
 
 
@@ -102,11 +109,3 @@ def _plain(value):
   if isinstance(value, tuple):
     return [_plain(item) for item in value]
   return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def fingerprint_weights(params) -> str:
-  """Hash of every parameter's bytes."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(params):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
-  return digest.hexdigest()
