@@ -13,14 +13,14 @@ def get_config():
   config.model.weights = "package:alignx_jax/models/simulated_base"
   config.model.remat = False
   config.data.path = "simulated"
-  config.data.train_records = 4000
+  config.data.train_records = 3200
   config.data.test_records = 600
   config.data.history = "all"
-  config.regions.context = 1024
-  config.regions.response = 160
-  config.regions.examples = 6
+  config.regions.context = 640
+  config.regions.response = 96
+  config.regions.examples = 4
   config.objective.beta = 0.1
-  config.optimizer.learning_rate = 1e-3
-  config.train.rows = 8
+  config.optimizer.learning_rate = 5e-4
+  config.train.rows = 4
   config.train.checkpoint_every = 100
   return config

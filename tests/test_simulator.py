@@ -116,7 +116,7 @@ def test_chosen_and_rejected_express_opposite_poles_of_the_labelled_dimensions(r
 def test_comments_express_their_labels_and_the_labels_are_the_users(records):
   for index, record in enumerate(records):
     user = user_of(index)
-    assert 2 <= len(record[COMMENTS]) <= 4 and 1 <= len(record[PAIRS]) <= 3
+    assert 2 <= len(record[COMMENTS]) <= 3 and 1 <= len(record[PAIRS]) <= 2
     for comment in record[COMMENTS]:
       labels, expressed = labels_of(comment), poles_of(comment["comment"])
       assert 2 <= len(labels) <= 3

@@ -7,6 +7,8 @@ itself. The branches never meet, so the rejected one is blind to the chosen one.
 A plain causal sequence is a row without response regions (R = 0).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -69,8 +71,8 @@ def packed_attention(q_BLHA, k_BLKA, v_BLKA, segments_BL, *, response: int, bloc
     same_BST = seg_BC[:, start:end, None] == seg_BC[:, None, :end]
     mask_BST = same_BST & (jnp.arange(start, end)[:, None] >= jnp.arange(end))
     score = jnp.einsum("bkgsa,bkta->bkgst", q_BKGLA[..., start:end, :], k_BKLA[:, :, :end])
-    weight = _softmax(score, mask_BST[:, None, None])
-    blocks.append(jnp.einsum("bkgst,bkta->bkgsa", weight, v_BKLA[:, :, :end]))
+    (weight,), total = _exponentials((score, mask_BST[:, None, None]))
+    blocks.append(jnp.einsum("bkgst,bkta->bkgsa", weight, v_BKLA[:, :, :end]) / total)
   if R:
     # Both branches at once: N is an axis, not two calls.
     q_BKGNRA = q_BKGLA[..., C:, :].reshape(B, K, H // K, 2, R, A)
@@ -82,18 +84,31 @@ def packed_attention(q_BLHA, k_BLKA, v_BLKA, segments_BL, *, response: int, bloc
     context_mask = seg_BNR[..., None] == seg_BC[:, None, None, :]
     causal_RR = jnp.arange(R)[:, None] >= jnp.arange(R)
     self_mask = (seg_BNR[..., :, None] == seg_BNR[..., None, :]) & causal_RR
-    weight = _softmax(
-      jnp.concatenate([to_context, to_self], axis=-1),
-      jnp.concatenate([context_mask, self_mask], axis=-1)[:, None, None],
+    (on_context, on_self), total = _exponentials(
+      (to_context, context_mask[:, None, None]), (to_self, self_mask[:, None, None])
     )
-    branches = jnp.einsum("bkgnrt,bkta->bkgnra", weight[..., :C], v_BKLA[:, :, :C])
-    branches += jnp.einsum("bkgnrt,bknta->bkgnra", weight[..., C:], v_BKNRA)
-    blocks.append(branches.reshape(B, K, H // K, 2 * R, A))
-  mixed = jnp.concatenate(blocks, axis=3)
+    branches = jnp.einsum("bkgnrt,bkta->bkgnra", on_context, v_BKLA[:, :, :C])
+    branches += jnp.einsum("bkgnrt,bknta->bkgnra", on_self, v_BKNRA)
+    blocks.append((branches / total).reshape(B, K, H // K, 2 * R, A))
+  mixed = jnp.concatenate(blocks, axis=3).astype(q_BLHA.dtype)
   return mixed.transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
 
 
-def _softmax(score, mask):
-  """Masked softmax over the last axis, in float32 whatever the compute type."""
-  masked = jnp.where(mask, score.astype(jnp.float32), -1e30)
-  return jax.nn.softmax(masked, axis=-1).astype(score.dtype)
+def _exponentials(*scores_and_masks):
+  """A masked softmax over several groups of keys, before its division.
+
+  The groups are not laid side by side and the weights not divided, which would copy the
+  largest arrays there are; divide what the weights mixed. In float32 whatever the type.
+
+  Args:
+    scores_and_masks: pairs of [..., keys]; each query sees a key of some group.
+  Returns:
+    The weights of each group in the scores' type, and their float32 sum [..., 1] over all.
+  """
+  masked = [jnp.where(mask, score.astype(jnp.float32), -1e30) for score, mask in scores_and_masks]
+  peaks = [jnp.max(score, axis=-1, keepdims=True) for score in masked]
+  peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
+  weights = [jnp.exp(score - peak) for score in masked]
+  dtype = scores_and_masks[0][0].dtype
+  total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
+  return [weight.astype(dtype) for weight in weights], total

@@ -47,8 +47,8 @@ class SimulatorConfig:
   expressed: tuple[int, int] = (2, 3)
   noise: tuple[int, int] = (0, 1)
   described: tuple[int, int] = (1, 1)
-  comments: tuple[int, int] = (2, 4)
-  pairs: tuple[int, int] = (1, 3)
+  comments: tuple[int, int] = (2, 3)
+  pairs: tuple[int, int] = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)

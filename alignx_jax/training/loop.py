@@ -104,20 +104,13 @@ def state_shardings(state, params_sharding, mesh):
 
 
 class TrainResult(NamedTuple):
-  """The trained model's parameters, and where and how it was trained."""
+  """The trained model's parameters, and after how many steps."""
 
   params: nnx.State
   steps: int
 
 
-def train(
-  config,
-  workdir: str | Path,
-  *,
-  model: Decoder,
-  loader: Loader,
-  evaluate: Callable[[nnx.State], dict[str, float]] | None = None,
-) -> TrainResult:
+def train(config, workdir: str | Path, *, model: Decoder, loader: Loader) -> TrainResult:
   """Trains `model` on the loader's stream with the DPO loss; resumes what it finds.
 
   Args:
@@ -125,8 +118,6 @@ def train(
     workdir: gets checkpoints, metrics.jsonl and TensorBoard files. The same call again
       goes on from the newest checkpoint.
     model: the start of the policy, and the frozen reference.
-    evaluate: called with the parameters at the end of training; what it returns is
-      written with the metrics.
   Raises:
     ValueError: the workdir holds a run of another config; or the data gives too few steps.
     FloatingPointError: the loss is not finite; names the step and the examples.
@@ -231,8 +222,6 @@ def train(
         pending = None
         checkpoints.save(step + 1, state, iterator)
         started = time.perf_counter()
-    if evaluate is not None:
-      writer.write(steps, evaluate(state.params))
   return TrainResult(state.params, steps)
 
 
