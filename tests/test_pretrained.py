@@ -15,7 +15,7 @@ from alignx_jax.models.pretrained import load_decoder, save_decoder
 from alignx_jax.objectives.log_probs import token_log_probs
 
 
-def _write_gguf(path, directory, *, heads, kv_heads, arch):
+def _write_gguf(path, directory, arch):
   """A Hugging Face Llama as llama.cpp's converter writes it, written from its description."""
   names = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -38,8 +38,8 @@ def _write_gguf(path, directory, *, heads, kv_heads, arch):
   writer.add_embedding_length(arch.width)
   writer.add_block_count(arch.layers)
   writer.add_feed_forward_length(arch.feed_forward)
-  writer.add_head_count(heads)
-  writer.add_head_count_kv(kv_heads)
+  writer.add_head_count(arch.heads)
+  writer.add_head_count_kv(arch.kv_heads)
   writer.add_rope_freq_base(arch.rope_theta)
   writer.add_layer_norm_rms_eps(arch.norm_epsilon)
   for name, value in load_file(directory / "model.safetensors").items():
@@ -48,7 +48,7 @@ def _write_gguf(path, directory, *, heads, kv_heads, arch):
       stored = f"blk.{layer}.{parts[part.removesuffix('.weight')]}.weight"
     else:
       stored = names[name]
-    count = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
+    count = {"q_proj": arch.heads, "k_proj": arch.kv_heads}.get(name.split(".")[-2])
     if count:
       # Pairs (i, i + A/2) of each head become neighbours.
       half = value.shape[0] // count // 2
@@ -65,11 +65,7 @@ def _write_gguf(path, directory, *, heads, kv_heads, arch):
 def test_gguf_gives_the_logits_of_the_model_it_was_made_from(goldens, tmp_path):
   directory = goldens / "hf_goldens" / "smollm2"
   arch = load_decoder(directory).arch
-  model = load_decoder(
-    _write_gguf(
-      tmp_path / "model.gguf", directory, heads=arch.heads, kv_heads=arch.kv_heads, arch=arch
-    )
-  )
+  model = load_decoder(_write_gguf(tmp_path / "model.gguf", directory, arch))
   assert model.arch == arch
   expected = np.load(directory / "golden.npz")
   tokens = np.concatenate([expected["context"], expected["chosen"]])[None]

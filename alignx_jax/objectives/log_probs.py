@@ -25,7 +25,7 @@ def token_log_probs(hidden_BTD, head_VD, targets_BT, *, chunk: int = 128):
   return out.swapaxes(0, 1).reshape(B, -1)[:, :T]
 
 
-@functools.partial(jax.checkpoint, static_argnums=())
+@jax.checkpoint
 def _chunk_log_probs(head_VD, carry, chunk):
   hidden_BTD, targets_BT = chunk
   logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
