@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from alignx_jax.data.loader import Formatting, Loader
+from alignx_jax.data.formatting import Formatting
+from alignx_jax.data.loader import Loader
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.splits import load_splits
@@ -153,6 +154,7 @@ def training_loader(experiment: Experiment) -> Loader:
     rows=config.train.rows,
     epochs=config.train.epochs,
     seed=config.seed,
+    workers=config.data.workers,
   )
 
 

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
   config.data.test_records = config_dict.placeholder(int)  # likewise
   config.data.test_share = 0.5  # of posts, for a JSON list
   config.data.history = "release"  # history policy in training: "release" or "all"
+  config.data.workers = 0  # processes that tokenise and pack; 0: the main one does
 
   # Sizes of a packed row, in tokens and examples.
   config.regions = ConfigDict()

@@ -1,20 +1,17 @@
-"""Rows from hand-made token ids, through the same packer as the loader's."""
+"""Rows from hand-made token ids, laid out as the loader does."""
 
-import grain
+from alignx_jax.data.loader import choose
+from alignx_jax.data.rows import Tokenised, lay_out, stack
 
-from alignx_jax.data.rows import PER_EXAMPLE, assemble, length_struct, make_features
 
-
-def pack(examples, regions, *, rows=1, bins=4):
+def pack(examples, regions, *, rows=1):
   """One batch of Rows from a list of (context, chosen, rejected) ids; all must fit."""
-  features = [make_features(*ids, index=i) for i, ids in enumerate(examples)]
-  data = grain.experimental.FirstFitPackIterDataset(
-    grain.MapDataset.source(features).to_iter_dataset(),
-    length_struct=length_struct(regions),
-    num_packing_bins=bins,
-    meta_features=PER_EXAMPLE,
-    shuffle_bins=False,
-  ).batch(rows, drop_remainder=False)
-  batches = [assemble(batch, rows=rows) for batch in data]
-  assert len(batches) == 1, "give enough rows for all examples"
-  return batches[0]
+  left = list(enumerate(Tokenised(*ids) for ids in examples))
+  packed = []
+  for _ in range(rows):
+    taken = choose([ids.sizes for _, ids in left], regions) if left else []
+    indices = [left[i][0] for i in taken]
+    packed.append(lay_out([left[i][1] for i in taken], regions, indices=indices))
+    left = [item for i, item in enumerate(left) if i not in taken]
+  assert not left, "give enough rows for all examples"
+  return stack(packed)

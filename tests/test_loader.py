@@ -1,19 +1,19 @@
 """Examples to packed rows: all of them, each once, whole, and in an order one can resume."""
 
+import collections
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 
-from alignx_jax.data.loader import (
+from alignx_jax.data.formatting import (
   Formatting,
-  Loader,
   Refused,
   condition_of,
   infer_profile,
   tokenise,
 )
+from alignx_jax.data.loader import Loader, choose
 from alignx_jax.data.records import Example, parse_record
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import load_tokenizer
@@ -41,8 +41,11 @@ def users():
 
 
 def batches_of(examples, form=None, **settings):
-  loader = Loader(examples, form or formatting(), **({"rows": 2, "bins": 4} | settings))
-  return list(loader.dataset())
+  return rows_of(Loader(examples, form or formatting(), **({"rows": 2} | settings)))
+
+
+def rows_of(loader, lanes_BW=None):
+  return [batch.rows for batch in loader.batches(lanes_BW)]
 
 
 def order_of(batches):
@@ -137,28 +140,47 @@ def test_the_stream_is_deterministic(users):
   assert_same(batches_of(users, form, **settings), batches_of(users, form, **settings))
 
 
-def test_the_iterator_resumes_exactly_where_it_was(users):
-  def loader():
-    form = formatting(history="release")
-    return Loader(users, form, rows=2, bins=4, epochs=2, seed=3)
+def test_the_stream_goes_on_exactly_after_any_batch(users):
+  loader = Loader(users, formatting(history="release"), rows=2, window=4, epochs=2, seed=3)
+  whole = list(loader.batches())
+  assert len(whole) > 8
+  counts = dict(loader.counts)
+  for done, batch in enumerate(whole, start=1):
+    assert_same(rows_of(loader, batch.lanes_BW), [batch.rows for batch in whole[done:]])
+  loader.counts.clear()
+  assert_same(rows_of(loader, loader.start()), [batch.rows for batch in whole])
+  assert loader.counts == counts
 
-  whole, states, iterator = [], [], iter(loader().dataset())
-  while True:
-    states.append(json.loads(json.dumps(iterator.get_state())))  # as a checkpoint keeps it
-    try:
-      whole.append(next(iterator))
-    except StopIteration:
-      break
-  assert len(whole) > 8  # more than the packer holds: 4 bins are 2 batches
-  for done, state in enumerate(states):
-    resumed = iter(loader().dataset())
-    resumed.set_state(state)
-    assert_same(list(resumed), whole[done:])
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_the_stream(users, workers):
+  # A record that is refused in a worker is counted here.
+  users = [*users, dataclasses.replace(users[0], chosen=LONG)]
+  alone = Loader(users, formatting(history="release"), rows=4, window=4, epochs=2, seed=3)
+  whole = list(alone.batches())
+  shared = dataclasses.replace(alone, workers=workers, counts=collections.Counter())
+  assert_same(rows_of(shared), [batch.rows for batch in whole])
+  assert shared.counts == alone.counts and sum(alone.counts.values()) >= 2
+  assert_same(rows_of(shared, whole[2].lanes_BW), [batch.rows for batch in whole[3:]])
+
+
+def test_workers_that_do_not_divide_the_rows_are_refused(users):
+  with pytest.raises(ValueError, match=r"4 rows .* 3 workers; change config\.data\.workers"):
+    list(Loader(users, formatting(), rows=4, workers=3).batches())
+
+
+def test_a_row_takes_the_oldest_and_the_largest_that_fit():
+  regions = Regions(context=100, response=20, examples=3)
+  # 70 does not fit beside 40; of what does, the larger goes first.
+  assert choose([(40, 5, 5), (70, 1, 1), (10, 1, 1), (60, 1, 1)], regions) == [0, 3]
+  # A response region can be what is full.
+  assert choose([(40, 15, 5), (50, 6, 1), (10, 5, 1)], regions) == [0, 2]
+  assert choose([(1, 1, 1)] * 5, regions) == [0, 1, 2]  # no more than its slots
 
 
 def test_seeds_give_other_orders_and_none_keeps_the_order(users):
-  # One example a row and one bin: the packer itself changes no order.
-  single = {"rows": 1, "bins": 1}
+  # One example a row and a window of one: packing itself changes no order.
+  single = {"rows": 1, "window": 1}
   form = formatting(examples=1)
   first, second = (order_of(batches_of(users, form, seed=seed, **single)) for seed in (1, 2))
   assert first != second and list(range(len(users))) not in (first, second)
@@ -168,7 +190,7 @@ def test_seeds_give_other_orders_and_none_keeps_the_order(users):
 
 def test_each_epoch_has_its_own_order_and_history(users):
   form = formatting(history="release", examples=1)
-  batches = batches_of(users, form, seed=1, epochs=2, rows=1, bins=1)
+  batches = batches_of(users, form, seed=1, epochs=2, rows=1, window=1)
   order, n = order_of(batches), len(users)
   assert [i - n for i in order[n:]] != order[:n]
   texts = context_texts(batches)
@@ -180,7 +202,7 @@ def test_each_epoch_has_its_own_order_and_history(users):
 def test_an_example_does_not_depend_on_its_neighbours(users):
   form = formatting(history="release")
   all_texts = context_texts(batches_of(users, form, seed=4))
-  few_texts = context_texts(batches_of(users[:9], form, seed=4, rows=1, bins=7))
+  few_texts = context_texts(batches_of(users[:9], form, seed=4, rows=1, window=7))
   assert few_texts == {index: all_texts[index] for index in range(9)}
 
 
@@ -270,8 +292,8 @@ def test_what_cannot_fit_is_refused_and_counted(users, changes, reason):
   form = formatting(context=700)
   with pytest.raises(Refused, match=reason):
     tokenise(bad, form, bad.persona)
-  loader = Loader([*users[:3], bad, *users[4:8]], form, rows=2, bins=4, epochs=2, seed=0)
-  assert sorted(order_of(loader.dataset())) == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]
+  loader = Loader([*users[:3], bad, *users[4:8]], form, rows=2, epochs=2, seed=0)
+  assert sorted(order_of(rows_of(loader))) == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]
   assert loader.counts[f"refused, {reason}"] == 2
   assert loader.stream_length == 16
 
@@ -287,7 +309,7 @@ def test_examples_that_lost_history_are_counted():
   loader = Loader(
     [make_example(), make_example(0, 0)], formatting(context=300, response=32), rows=1
   )
-  shown = context_texts(loader.dataset())[0]
+  shown = context_texts(rows_of(loader))[0]
   assert shown.count("Post: p") < 5
   assert loader.counts == {"too long, oldest history items dropped": 1}
 
@@ -323,7 +345,7 @@ def test_a_record_without_labels_is_refused_and_counted(users, condition):
   with pytest.raises(Refused, match=f"no {condition} P̃"):
     condition_of(unlabelled, unlabelled.persona, form)
   loader = Loader([*users[1:4], unlabelled], form, rows=2)
-  assert sorted(order_of(loader.dataset())) == [0, 1, 2]
+  assert sorted(order_of(rows_of(loader))) == [0, 1, 2]
   ((reason, count),) = loader.counts.items()
   assert f"no {condition} P̃" in reason and count == 1
 

@@ -1,155 +1,67 @@
-"""The grain pipeline: examples to batches of packed rows.
+"""Batches of packed rows, the same whoever reads them and from wherever one goes on.
 
-    examples ─shuffle, repeat─> sample history ─> condition ─> render ─> tokenise ─> fit
-      ─first-fit pack─> batch ─> Rows
-
-Everything before packing is a function of (seed, epoch, record index), so the stream is
-the same whoever computes it.
+The stream of examples (shuffled anew each epoch, a function of the seed and the position)
+is dealt out to as many lanes as the global batch has rows: lane i gets positions i, i + B,
+i + 2B, …. Each step takes one row from every lane, packed from a window of the lane's next
+examples, so a lane needs to know nothing of the others. Hence batches depend neither on
+the number of hosts nor on that of their workers, and where a lane stands is a few
+integers, which go with every batch.
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
+from alignx_jax.data.formatting import Formatting, Refused, tokenise
 from alignx_jax.data.records import Example
-from alignx_jax.data.rows import PER_EXAMPLE, Regions, assemble, length_struct, make_features
-from alignx_jax.data.tokenizers import Tokenizer
-from alignx_jax.personas.persona import Persona, sample_history
-from alignx_jax.personas.preferences import PreferenceSpace
-from alignx_jax.personas.prompts import (
-  chat_format,
-  prompt_format,
-  render_prompt,
-  render_response,
-)
-
-CONDITIONS = ("persona", "inferred", "golden", "none")
+from alignx_jax.data.rows import Regions, Rows, Tokenised, lay_out, stack
+from alignx_jax.personas.persona import sample_history
 
 
-class Refused(Exception):
-  """An example that cannot be used; the message is the reason, the same for all of a kind."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Formatting:
-  """How an example becomes token ids.
+class Batch(NamedTuple):
+  """A batch, and where the stream goes on after it.
 
   Attributes:
-    chat, prompt: names of the chat and prompt formats (personas/prompts.py).
-    condition: what the policy is conditioned on: the raw `persona` (ICA), P̃ `inferred`
-      from the history or `golden` from the record's label (PBA), or `none`.
-    history: history policy (personas/persona.py).
+    rows: with B = this host's lanes.
+    lanes_BW: int32; of each lane the next position, then those read but not yet in a row,
+      oldest first, and −1 for no more. Give it to `batches` to go on.
   """
 
-  tokenizer: Tokenizer
-  space: PreferenceSpace
-  regions: Regions
-  chat: str
-  prompt: str
-  condition: str
-  history: str = "all"
-
-  def __post_init__(self):
-    if self.condition not in CONDITIONS:
-      raise ValueError(f"No condition {self.condition!r}. There are: {', '.join(CONDITIONS)}.")
-    prompt_format(self.prompt)
-    missing = [
-      t for t in chat_format(self.chat)["special_tokens"] if t not in self.tokenizer.special_ids
-    ]
-    if missing:
-      raise ValueError(
-        f"The tokenizer has no {missing[0]!r}, which the chat format {self.chat!r} needs; "
-        "set config.prompt.chat to this model's format."
-      )
-    if self.bos and self.tokenizer.bos_id is None:
-      raise ValueError(
-        f"The tokenizer has no bos token, with which prompts of chat format {self.chat!r} and "
-        f"prompt format {self.prompt!r} begin; set config.prompt.* to formats without."
-      )
-
-  @property
-  def bos(self) -> bool:
-    """Whether prompts begin with the bos token: the chat format's habit, unless the prompt
-    format, like those of the release, has its own."""
-    return prompt_format(self.prompt).get("bos", chat_format(self.chat)["bos"])
+  rows: Rows
+  lanes_BW: np.ndarray
 
 
-def infer_profile(example: Example, persona: Persona, space: PreferenceSpace) -> str:
-  """P̃ as text, inferred from the history shown: the release's bridge.
+def choose(sizes: Sequence[tuple[int, int, int]], regions: Regions) -> list[int]:
+  """Which of a window's examples share the next row: the oldest, and the largest that fit.
 
-  The verbalised aggregate of the items' directions; where no item has any, the record's
-  precomputed profile.
-
+  Args:
+    sizes: tokens of each region, oldest example first.
+  Returns:
+    Indices, ascending.
   Raises:
-    Refused: the record has neither, or directions for some items only.
+    ValueError: the oldest fits no row.
   """
-  directions = [item.directions for item in persona.history]
-  if directions and all(d is not None for d in directions):
-    return space.verbalise(space.aggregate(directions))
-  if any(d is not None for d in directions):
-    raise Refused("no inferred P̃: some history items lack 'Preference Direction'")
-  if example.profile is not None:
-    return example.profile
-  raise Refused("no inferred P̃: neither history directions nor 'profile'")
-
-
-def condition_of(example: Example, persona: Persona, formatting: Formatting) -> dict[str, Any]:
-  """The keyword of render_prompt that states the condition."""
-  if formatting.condition == "persona":
-    return {"persona": persona}
-  if formatting.condition == "inferred":
-    return {"profile": infer_profile(example, persona, formatting.space)}
-  if formatting.condition == "golden":
-    if example.directions is None:
-      raise Refused("no golden P̃: the record has no 'Preference Direction'")
-    return {"profile": formatting.space.verbalise(example.directions)}
-  return {}
-
-
-class Tokenised(NamedTuple):
-  """Token ids of one example's parts, and how many history items had to go."""
-
-  context: list[int]
-  chosen: list[int]
-  rejected: list[int]
-  dropped: int = 0
-
-
-def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Tokenised:
-  """An example's token ids.
-
-  A context that is too long drops its oldest history items first. A response or the end
-  of a prompt is never cut.
-
-  Raises:
-    Refused: a response, or the context without any history, is longer than its region; or
-      the record lacks what the condition needs.
-  """
-  tokenizer, regions = formatting.tokenizer, formatting.regions
-  names = {"chat": formatting.chat, "prompt": formatting.prompt}
-  responses = [
-    tokenizer.encode_pieces(render_response(text, **names))
-    for text in (example.chosen, example.rejected)
-  ]
-  if max(map(len, responses)) > regions.response:
-    raise Refused("response longer than its region")
-  condition = condition_of(example, persona, formatting)
-  for dropped in range(len(persona.history) + 1):
-    ids = tokenizer.encode_pieces(render_prompt(example.post, **names, **condition))
-    if formatting.bos:
-      ids = [tokenizer.bos_id, *ids]
-    # The last token of the context moves to the responses.
-    if len(ids) - 1 <= regions.context:
-      return Tokenised(ids, *responses, dropped)
-    if "persona" not in condition:
+  room = (regions.context, regions.response, regions.response)
+  # The share of the row that an example needs says which is large.
+  shares = [max(s / r for s, r in zip(size, room, strict=True)) for size in sizes]
+  taken = []
+  for i in sorted(range(len(sizes)), key=lambda i: (i > 0, -shares[i])):
+    left = tuple(r - s for r, s in zip(room, sizes[i], strict=True))
+    if min(left) >= 0:
+      room = left
+      taken.append(i)
+    elif i == 0:
+      raise ValueError(f"An example of {sizes[0]} tokens is longer than the regions {room}.")
+    if len(taken) == regions.examples:
       break
-    condition = {"persona": condition["persona"].drop_oldest()}
-  raise Refused("context longer than its region")
+  return sorted(taken)
 
 
 @dataclasses.dataclass
@@ -161,7 +73,8 @@ class Loader:
     rows: B, rows of a batch.
     epochs: passes over the data.
     seed: of order and history; None keeps the order.
-    bins: rows filled at once by the packer; more pack tighter.
+    window: examples of a lane among which a row chooses; more pack tighter.
+    workers: processes that tokenise and pack; 0 does it in this one.
     reference: response log-probs under the reference, [stream, N], or [examples, N] if every
       epoch is alike; None until computed.
     counts: refused examples by reason and dropped history items, so far as it was read.
@@ -172,7 +85,8 @@ class Loader:
   rows: int
   epochs: int = 1
   seed: int | None = None
-  bins: int = 32
+  window: int = 32
+  workers: int = 0
   reference: np.ndarray | None = None
   counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
@@ -187,40 +101,135 @@ class Loader:
       logging.warning("%s: %d of %d examples: %s", what, count, self.stream_length, reason)
     self.counts.clear()
 
-  def features(self, position: int, record: tuple[int, Example]) -> dict | None:
-    """Packer features of the example at a stream position, None if it is refused."""
-    index, example = record
-    epoch = position // len(self.examples)
+  def start(self) -> np.ndarray:
+    """Where the stream begins: `lanes_BW` of no batch yet."""
+    lanes_BW = np.full((self.rows, 1 + self.window), -1, np.int32)
+    lanes_BW[:, 0] = np.arange(self.rows)
+    return lanes_BW
+
+  def batches(self, lanes_BW: np.ndarray | None = None) -> Iterator[Batch]:
+    """The stream's batches from its start, or after the batch that had these lanes.
+
+    Raises:
+      ValueError: the workers do not divide the rows.
+    """
+    if self.workers and self.rows % self.workers:
+      raise ValueError(
+        f"{self.rows} rows do not divide by {self.workers} workers; change config.data.workers."
+      )
+    lanes_BW = self.start() if lanes_BW is None else np.asarray(lanes_BW)
+    if self.workers and not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # grain reads its flags, also in a notebook
+    options = grain.MultiprocessingOptions(num_workers=self.workers)
+    packed = iter(_Lanes(self, lanes_BW).mp_prefetch(options))
+    with contextlib.closing(packed):
+      while True:
+        rows, lanes, counts = zip(*(next(packed) for _ in range(self.rows)), strict=True)
+        for count in counts:
+          self.counts.update(count)
+        batch = Batch(stack(rows), np.stack(lanes))
+        if not batch.rows.weight_BE.any():  # every lane has ended
+          return
+        yield batch
+
+  def tokenised(self, position: int) -> tuple[int, Tokenised]:
+    """Index in the stream and token ids of the example at a position.
+
+    The index says which example it is (modulo their number) in which epoch.
+
+    Raises:
+      Refused: the example cannot be used.
+    """
+    epoch, size = position // len(self.examples), len(self.examples)
+    index = self._order[position]
+    example = self.examples[index]
     rng = np.random.default_rng([self.seed or 0, epoch, index])
     persona = sample_history(example.persona, self.formatting.history, rng)
-    try:
-      ids = tokenise(example, self.formatting, persona)
-    except Refused as reason:
-      self.counts[f"refused, {reason}"] += 1
-      return None
-    if ids.dropped:
-      self.counts["too long, oldest history items dropped"] += 1
-    stream_index = epoch * len(self.examples) + index
-    reference = (0.0, 0.0)
-    if self.reference is not None:
-      reference = self.reference[stream_index % len(self.reference)]
-    return make_features(*ids[:3], index=stream_index, reference=reference)
+    return epoch * size + index, tokenise(example, self.formatting, persona)
 
-  def dataset(self) -> grain.IterDataset:
-    """A grain dataset of Rows whose iterator can be checkpointed."""
-    data = grain.MapDataset.source(list(enumerate(self.examples)))
+  @functools.cached_property
+  def _order(self) -> grain.MapDataset:
+    """From position to index of the example."""
+    order = grain.MapDataset.range(len(self.examples))
     if self.seed is not None:
-      data = data.shuffle(seed=self.seed)
-    data = data.repeat(self.epochs).map_with_index(self.features)
-    data = data.filter(lambda features: features is not None)
-    packed = grain.experimental.FirstFitPackIterDataset(
-      data.to_iter_dataset(),
-      length_struct=length_struct(self.formatting.regions),
-      num_packing_bins=max(self.bins, self.rows),
-      meta_features=PER_EXAMPLE,
-      seed=self.seed or 0,
-      shuffle_bins=self.seed is not None,
+      order = order.shuffle(seed=self.seed)
+    return order.repeat(self.epochs)
+
+
+class _Lanes(grain.IterDataset):
+  """Packed rows of some lanes in turn, each with its lane's state and counts; endless."""
+
+  def __init__(self, loader: Loader, lanes_BW: np.ndarray):
+    super().__init__()
+    self._loader, self._lanes_BW = loader, lanes_BW
+
+  def set_slice(self, sl: slice, sequential_slice: bool = False):
+    """Keeps the lanes of one worker."""
+    self._lanes_BW = self._lanes_BW[sl]
+
+  def __iter__(self):
+    return _LanesIterator(self._loader, self._lanes_BW)
+
+
+class _LanesIterator(grain.DatasetIterator):
+  def __init__(self, loader, lanes_BW):
+    super().__init__()
+    self._lanes = [_Lane(loader, lane_W) for lane_W in lanes_BW]
+    self._turn = 0
+
+  def __next__(self):
+    lane = self._lanes[self._turn]
+    self._turn = (self._turn + 1) % len(self._lanes)
+    return lane.row()
+
+  def get_state(self):
+    return {}  # a row brings its lane's state along: nothing asks the iterator for it
+
+  def set_state(self, state):
+    raise NotImplementedError
+
+
+class _Lane:
+  """One lane: a window of tokenised examples, and rows chosen from it."""
+
+  def __init__(self, loader: Loader, lane_W: np.ndarray):
+    self._loader = loader
+    self._next, *waiting = map(int, lane_W)
+    self._counts = collections.Counter()
+    self._window = []  # (position, index in the stream, Tokenised)
+    for position in waiting:
+      if position >= 0:
+        self._read(position)
+    self._counts.clear()  # what was read before was counted before
+
+  def _read(self, position):
+    try:
+      index, ids = self._loader.tokenised(position)
+    except Refused as reason:
+      self._counts[f"refused, {reason}"] += 1
+      return
+    if ids.dropped:
+      self._counts["too long, oldest history items dropped"] += 1
+    self._window.append((position, index, ids))
+
+  def row(self) -> tuple[Rows, np.ndarray, collections.Counter]:
+    """The next row, empty when the lane has ended; the lane's state after it; new counts."""
+    loader = self._loader
+    while len(self._window) < loader.window and self._next < loader.stream_length:
+      self._read(self._next)
+      self._next += loader.rows
+    regions = loader.formatting.regions
+    taken = choose([ids.sizes for _, _, ids in self._window], regions) if self._window else []
+    _, indices, examples = (
+      zip(*(self._window[i] for i in taken), strict=True) if taken else [()] * 3
     )
-    return packed.batch(self.rows, drop_remainder=False).map(
-      lambda batch: assemble(batch, rows=self.rows)
-    )
+    references = None
+    if loader.reference is not None:
+      references = [loader.reference[i % len(loader.reference)] for i in indices]
+    row = lay_out(examples, regions, indices=indices, references=references)
+    self._window = [item for i, item in enumerate(self._window) if i not in taken]
+    lane_W = np.full(1 + loader.window, -1, np.int32)
+    lane_W[0] = self._next
+    lane_W[1 : 1 + len(self._window)] = [position for position, *_ in self._window]
+    counts, self._counts = self._counts, collections.Counter()
+    return row, lane_W, counts

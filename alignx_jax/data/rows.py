@@ -8,6 +8,7 @@ their region, and only 2R positions of a row ever meet the vocabulary.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,61 +49,59 @@ class Rows(NamedTuple):
   example_BE: np.ndarray
 
 
-def make_features(context, chosen, rejected, *, index: int, reference=(0.0, 0.0)) -> dict:
-  """One example's features for the packer, from the token ids of its three parts.
+class Tokenised(NamedTuple):
+  """Token ids of one example's parts, and how many history items had to go."""
 
-  A region's second axis holds inputs and targets, so that both are packed alike.
+  context: list[int]
+  chosen: list[int]
+  rejected: list[int]
+  dropped: int = 0
+
+  @property
+  def sizes(self) -> tuple[int, int, int]:
+    """Tokens taken of each region: the context's last is in the response regions."""
+    return len(self.context) - 1, len(self.chosen), len(self.rejected)
+
+
+def lay_out(
+  examples: Sequence[Tokenised],
+  regions: Regions,
+  *,
+  indices: Sequence[int],
+  references: Sequence | None = None,
+) -> Rows:
+  """One row, unbatched (no axis B), of examples that fit it together.
+
+  Args:
+    indices: each example's index in its stream.
+    references: each example's reference log-probs [N]; None where not cached.
   """
-  moved = context[-1:]
-  branches = [
-    np.stack([np.asarray(moved + y[:-1]), np.asarray(y)], axis=1).astype(np.int32)
-    for y in (chosen, rejected)
-  ]
-  return {
-    "context": np.asarray(context[:-1], np.int32),
-    "chosen": branches[0],
-    "rejected": branches[1],
-    "context_length": np.asarray([len(context) - 1], np.int32),
-    "index": np.asarray([index], np.int64),
-    "reference": np.asarray([reference], np.float32),
-  }
+  C, R, E = regions.context, regions.response, regions.examples
+  tokens_L, positions_L, segments_L = np.zeros((3, regions.layout), np.int32)
+  targets_NR = np.zeros((2, R), np.int32)
+  weight_E = np.zeros(E, np.float32)
+  reference_NE = np.zeros((2, E), np.float32)
+  example_E = np.full(E, -1, np.int32)
+  starts = [0, C, C + R]
+  for e, example in enumerate(examples):
+    *before, last = example.context
+    inputs = before, [last, *example.chosen[:-1]], [last, *example.rejected[:-1]]
+    for branch, ids in enumerate(inputs, start=-1):
+      start = starts[branch + 1]
+      end = starts[branch + 1] = start + len(ids)
+      first = 0 if branch < 0 else len(before)
+      tokens_L[start:end] = ids
+      positions_L[start:end] = np.arange(first, first + len(ids))
+      segments_L[start:end] = e + 1
+      if branch >= 0:
+        offset = C + branch * R
+        targets_NR[branch, start - offset : end - offset] = example[1 + branch]
+    weight_E[e], example_E[e] = 1, indices[e]
+    if references is not None:
+      reference_NE[:, e] = references[e]
+  return Rows(tokens_L, positions_L, segments_L, targets_NR, weight_E, reference_NE, example_E)
 
 
-PER_EXAMPLE = ("context_length", "index", "reference")
-
-
-def length_struct(regions: Regions) -> dict[str, int]:
-  """What the packer needs to know: the size of each feature in a row."""
-  sizes = {"context": regions.context, "chosen": regions.response, "rejected": regions.response}
-  return sizes | dict.fromkeys(PER_EXAMPLE, regions.examples)
-
-
-def assemble(packed: dict, *, rows: int) -> Rows:
-  """Lays out what the packer emits, batched, adding empty rows up to `rows`."""
-
-  def pad(x):
-    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
-
-  packed = {name: pad(value) for name, value in packed.items()}
-  branches = ("chosen", "rejected")
-  segments = [packed[f"{name}_segment_ids"] for name in ("context", *branches)]
-  examples = packed["index"].shape[1]
-  count_B = np.maximum(segments[0].max(axis=1), segments[1].max(axis=1))
-  real_BE = np.arange(examples) < count_B[:, None]
-
-  # A response position is its offset plus the length of its example's context.
-  offset_BE = np.pad(packed["context_length"], [(0, 0), (1, 0)])
-  positions = [packed["context_positions"]] + [
-    packed[f"{name}_positions"] + np.take_along_axis(offset_BE, segment, axis=1)
-    for name, segment in zip(branches, segments[1:], strict=True)
-  ]
-  tokens = [packed["context"]] + [packed[name][..., 0] for name in branches]
-  return Rows(
-    tokens_BL=np.concatenate(tokens, axis=1),
-    positions_BL=np.concatenate(positions, axis=1).astype(np.int32),
-    segments_BL=np.concatenate(segments, axis=1),
-    targets_BNR=np.stack([packed[name][..., 1] for name in branches], axis=1),
-    weight_BE=real_BE.astype(np.float32),
-    reference_BNE=packed["reference"].swapaxes(1, 2),
-    example_BE=np.where(real_BE, packed["index"], -1),
-  )
+def stack(rows: Sequence[Rows]) -> Rows:
+  """Rows as a batch."""
+  return Rows(*map(np.stack, zip(*rows, strict=True)))

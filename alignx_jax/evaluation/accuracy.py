@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import logging
 
-from alignx_jax.data.loader import Formatting, Loader
+from alignx_jax.data.formatting import Formatting
+from alignx_jax.data.loader import Loader
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Rows
 from alignx_jax.training.reference import score_stream

@@ -1,9 +1,9 @@
-"""Orbax checkpoints of state and data iterator, as one unit per step."""
+"""Orbax checkpoints of state and data position, as one unit per step."""
 
 from pathlib import Path
 
-import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -19,12 +19,9 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, step: int, state, iterator=None) -> None:
-    """Starts saving a TrainState; the data iterator's position is taken now.
-
-    Without an iterator, where the data is a function of the step, none is saved.
-    """
-    data = {} if iterator is None else {"data": grain.checkpoint.CheckpointSave(iterator)}
+  def save(self, step: int, state, lanes_BW: np.ndarray | None = None) -> None:
+    """Starts saving a TrainState, and where the loader's stream goes on if it has one."""
+    data = {} if lanes_BW is None else {"data": ocp.args.StandardSave({"lanes_BW": lanes_BW})}
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -34,18 +31,21 @@ class Checkpoints:
       ),
     )
 
-  def restore(self, step: int, state, iterator=None):
-    """A TrainState in the shapes and shardings of `state`; sets the iterator."""
-    data = {} if iterator is None else {"data": grain.checkpoint.CheckpointRestore(iterator)}
+  def restore(self, step: int, state):
+    """A TrainState in the shapes and shardings of `state`."""
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
         params=_restore_like(state.params),
         optimizer=_restore_like({"step": state.step, "optimizer": state.optimizer}),
-        **data,
       ),
     )
     return state._replace(params=restored["params"], **restored["optimizer"])
+
+  def restore_lanes(self, step: int, lanes_BW: np.ndarray) -> np.ndarray:
+    """Where the loader's stream goes on, in the shape of `lanes_BW`."""
+    args = ocp.args.Composite(data=_restore_like({"lanes_BW": lanes_BW}))
+    return np.asarray(self._manager.restore(step, args=args)["data"]["lanes_BW"])
 
   def restore_params(self, step: int, params):
     """The parameters alone, in the shapes and shardings of `params`."""

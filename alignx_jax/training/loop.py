@@ -135,7 +135,7 @@ def train(config, workdir: str | Path, *, model: Decoder, loader: Loader) -> Tra
   log_probs = scorer(model, params, mesh, rows=loader.rows, chunk=config.train.head_chunk)
   directory = Path(config.reference.directory or workdir / "reference")
   loader.reference = cached_reference(log_probs, loader, directory, model=model)
-  available = sum(1 for _ in loader.dataset())
+  available = sum(1 for _ in loader.batches())
   loader.report_counts("training")
   steps = config.train.steps or available
   if not 0 < steps <= available:
@@ -171,14 +171,16 @@ def train(config, workdir: str | Path, *, model: Decoder, loader: Loader) -> Tra
   )
 
   # ------------------------------------------------------------------ resume
-  iterator = iter(loader.dataset())
+  lanes_BW = loader.start()
   checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
   first = checkpoints.latest_step() or 0
   if first:
     check_run_config(config, workdir, cache_key(loader, model))
-    state = checkpoints.restore(first, state, iterator)
+    state = checkpoints.restore(first, state)
+    lanes_BW = checkpoints.restore_lanes(first, lanes_BW)
   else:
     save_run_config(config, workdir, cache_key(loader, model))
+  batches = loader.batches(lanes_BW)
   writer = MetricWriter(workdir, first)
 
   # ------------------------------------------------------------------ loop
@@ -210,7 +212,7 @@ def train(config, workdir: str | Path, *, model: Decoder, loader: Loader) -> Tra
     bar = stack.enter_context(tqdm(total=steps, initial=first, desc=workdir.name, unit="step"))
     started = time.perf_counter()
     for step in range(first, steps):
-      rows = next(iterator)
+      rows, lanes_BW = next(batches)
       state, metrics = step_fn(state, jax.device_put(rows, rows_sharding))
       # Read the step before this one, while this one runs.
       if pending is not None:
@@ -220,7 +222,7 @@ def train(config, workdir: str | Path, *, model: Decoder, loader: Loader) -> Tra
       if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == steps:
         report(pending, bar)
         pending = None
-        checkpoints.save(step + 1, state, iterator)
+        checkpoints.save(step + 1, state, lanes_BW)
         started = time.perf_counter()
   return TrainResult(state.params, steps)
 

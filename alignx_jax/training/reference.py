@@ -41,7 +41,7 @@ def score_stream(
 
   with tqdm(total=loader.stream_length, desc=describe, unit="ex", mininterval=1.0) as bar:
     pending = None
-    for rows in loader.dataset():
+    for rows, _ in loader.batches():
       # Dispatch this batch before waiting for the last one.
       dispatched = (rows, log_probs(rows))
       if pending is not None:

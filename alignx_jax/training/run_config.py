@@ -8,7 +8,9 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 # What may differ between a run and its resumption or evaluation: how, not what, is done.
-_FREE = re.compile(r"eval\..*|reference\.directory|train\.(devices|keep_checkpoints|\w+_every)")
+_FREE = re.compile(
+  r"eval\..*|reference\.directory|data\.workers|train\.(devices|keep_checkpoints|\w+_every)"
+)
 
 
 def save_run_config(config: Any, workdir: Path, fingerprint: str) -> None:
