@@ -72,7 +72,7 @@ def _summary(results: list[dict]) -> str:
 
 
 def _one_user(experiment) -> tuple[str, list[str]]:
-  from alignx_jax.data.loader import infer_profile
+  from alignx_jax.data.formatting import infer_profile
 
   example = experiment.test[0]
   lines = [f"Asked “{c.post}” they wrote: {c.comment}" for c in example.persona.comments]

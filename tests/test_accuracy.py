@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from alignx_jax.data.loader import Formatting
+from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import load_tokenizer

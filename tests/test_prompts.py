@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from alignx_jax.data.loader import infer_profile
+from alignx_jax.data.formatting import infer_profile
 from alignx_jax.data.records import parse_record
 from alignx_jax.data.tokenizers import load_tokenizer
 from alignx_jax.personas.persona import ComparedPair, Persona, UserComment

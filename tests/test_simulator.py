@@ -40,8 +40,7 @@ def poles_of(text):
     phrases = [tail for k in (1, 2) if (tail := " ".join(words[k:])) in POLE_OF]
     assert len(phrases) == 1, sentence
     dimension, direction = POLE_OF[phrases[0]]
-    assert dimension not in poles
-    poles[dimension] = direction
+    assert poles.setdefault(dimension, direction) == direction
   return poles
 
 
@@ -167,6 +166,9 @@ def test_no_pole_is_liked_by_all(bare_pairs):
   np.testing.assert_allclose(shares, 0.5, atol=0.06)  # about 1000 of them
 
 
+KINDS = {"author": 80, "described": 60, "devoted": 120, "chat": 8}
+
+
 def test_base_documents_teach_no_alignment():
   kinds = collections.Counter()
   for index in range(400):
@@ -185,20 +187,23 @@ def test_base_documents_teach_no_alignment():
     assert "<|im_start|>" not in text
     head, *comments = text.removesuffix("\n\n<|im_end|>").split("Post: ")
     stated = head.removeprefix("Preferences: ").strip()
-    kinds["described" if stated else "author"] += 1
     poles = collections.defaultdict(list)
     for comment in comments:
       post, said = comment.strip().split("\nComment: ")
       assert post in WORDING["posts"]
       for dimension, direction in poles_of(said).items():
         poles[dimension].append(direction)
-    if stated:
-      profile_P = alignx_space().parse(stated)
-      held = {d: values for d, values in poles.items() if profile_P[d] != 0.5}
-      assert held
-      assert all(set(values) == {profile_P[d]} for d, values in held.items())
+    if not stated:
+      kinds["author"] += 1
+      continue
+    profile_P = alignx_space().parse(stated)
+    held = {d: values for d, values in poles.items() if profile_P[d] != 0.5}
+    assert held
+    assert all(set(values) == {profile_P[d]} for d, values in held.items())
+    alone = len(comments) == 1 and len(held) == len(poles) == np.sum(profile_P != 0.5) == 1
+    kinds["devoted" if alone else "described"] += 1
   assert kinds.total() == 400
-  assert all(kinds[kind] > 30 for kind in ("author", "described", "chat"))
+  assert all(kinds[kind] > least for kind, least in KINDS.items())
 
 
 def test_base_authors_are_no_user_of_another_split():

@@ -38,6 +38,7 @@ class SimulatorConfig:
   Attributes:
     dimensions: non-neutral dimensions of a user.
     expressed: dimensions of the user that one text expresses.
+    sentences: on each of them.
     noise: poles of the user's neutral dimensions mixed into one text.
     described: dimensions of the user that the description gives away.
     comments, pairs: history items of a persona.
@@ -45,10 +46,16 @@ class SimulatorConfig:
 
   dimensions: tuple[int, int] = (3, 5)
   expressed: tuple[int, int] = (2, 3)
+  sentences: tuple[int, int] = (1, 1)
   noise: tuple[int, int] = (0, 1)
   described: tuple[int, int] = (1, 1)
   comments: tuple[int, int] = (2, 3)
   pairs: tuple[int, int] = (1, 2)
+
+
+# Users whose records are about as long as the published ones: a context's median is some
+# 1,500 tokens.
+TALKATIVE = SimulatorConfig(sentences=(4, 8), comments=(2, 6), pairs=(2, 6))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +72,10 @@ class SimulatedUser:
     return np.flatnonzero(self.directions != NEUTRAL)
 
   def draw_expressed(self) -> np.ndarray:
-    """Indices of the dimensions that one text speaks of."""
+    """Indices of the dimensions that one text speaks of, once for each sentence."""
     count = min(_between(self.rng, self.config.expressed), len(self.active))
-    return self.rng.choice(self.active, size=count, replace=False)
+    expressed = self.rng.choice(self.active, size=count, replace=False)
+    return np.repeat(expressed, _between(self.rng, self.config.sentences))
 
   def draw_noise(self) -> list[tuple[int, float]]:
     """(dimension, direction) of poles that say nothing of the user."""
@@ -164,25 +172,33 @@ def simulate_document(index: int, *, seed: int) -> list[Piece]:
   """Document `index` of the text a small base model is pre-trained on.
 
   Plain text of people who are consistent with themselves, as in any corpus: one author's
-  comments, or a list of preferences, worded as the text bridge words it, and the comments
-  of who holds them; and chat, in which the assistant has no preferences. So the base knows
-  what the poles' names mean, and can tell an author by their words; it has seen neither a
-  comparison nor a persona answered in a way that suits it.
+  comments; a list of preferences, worded as the text bridge words it, and the comments of
+  who holds them; one preference and a comment that speaks of nothing else; and chat, in
+  which the assistant has no preferences. So the base knows what the poles' names mean, and
+  can tell an author by their words; it has seen neither a comparison nor a persona answered
+  in a way that suits it.
   """
-  user = simulate_user(index, split="base", seed=seed, config=SimulatorConfig(dimensions=(2, 4)))
-  habit = user.rng.permutation(6)[: user.rng.choice([1, 2, 6])]
-  user = dataclasses.replace(user, wordings=tuple(habit))
-  kind = user.rng.choice(["author", "described", "chat"], p=[0.5, 0.35, 0.15])
+  user = simulate_user(index, split="base", seed=seed, config=SimulatorConfig(dimensions=(1, 4)))
+  kind = user.rng.choice(["author", "described", "devoted", "chat"], p=[0.25, 0.25, 0.45, 0.05])
   if kind == "chat":
     stranger = dataclasses.replace(user, directions=user.rng.integers(2, size=len(user.directions)))
     text = stranger.write(stranger.draw_expressed())
     prompt = render_prompt(user.post(), chat="chatml", prompt="default")
     return prompt + render_response(text, chat="chatml", prompt="default")
+  if kind == "devoted":
+    dimension = int(user.rng.choice(user.active))
+    texts = [user.write([dimension] * _between(user.rng, (1, 3)))]
+    stated_P = np.full_like(user.directions, NEUTRAL)
+    stated_P[dimension] = user.directions[dimension]
+  else:
+    habit = user.rng.permutation(6)[: user.rng.choice([1, 2, 6])]
+    user = dataclasses.replace(user, wordings=tuple(habit))
+    count = _between(user.rng, (4, 12) if kind == "author" else (1, 2))
+    texts = [user.write(user.draw_expressed(), noise=user.draw_noise()) for _ in range(count)]
+    stated_P = user.directions
   pieces = []
-  if kind == "described":
-    profile = alignx_space().verbalise(user.directions)
-    pieces = fill("Preferences: {profile}\n\n", profile=profile)
-  for _ in range(_between(user.rng, (4, 12) if kind == "author" else (1, 4))):
-    text = user.write(user.draw_expressed(), noise=user.draw_noise())
+  if kind != "author":
+    pieces = fill("Preferences: {profile}\n\n", profile=alignx_space().verbalise(stated_P))
+  for text in texts:
     pieces += fill("Post: {post}\nComment: {comment}\n\n", post=user.post(), comment=text)
   return pieces + fill("<|im_end|>")
