@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
+  "beam": ["apache-beam>=2.70,<3"],
   "gguf": ["gguf>=0.17,<1"],
   "tpu": ["libtpu>=0.0.42"],
 }
@@ -26,15 +27,21 @@ setup(
   },
   install_requires=[
     "absl-py>=2.1",
+    "array_record>=0.8",
+    "etils[epath]>=1.9",
     "flax>=0.12.8,<0.13",
+    "fsspec>=2024.6",
     "grain>=0.2.18,<0.3",
+    "importlib_resources>=6",
     "jax>=0.10.2,<0.11",
     "ml-collections>=1.1,<2",
     "numpy>=2",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "pyarrow>=17",
     "safetensors>=0.5",
     "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.9,<5",
     "tokenizers>=0.21",
     "tqdm>=4.66",
   ],

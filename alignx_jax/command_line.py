@@ -28,7 +28,7 @@ def run(main: Callable[[ConfigDict, Path], None]) -> None:
       logging.set_verbosity(logging.WARNING)  # the libraries' notes would bury progress bars
     try:
       main(_CONFIG.value, Path(_WORKDIR.value))
-    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
       if not _raised_here(error):
         raise
       logging.debug("Raised here:", exc_info=True)

@@ -8,10 +8,13 @@ from flax import nnx
 
 from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.loader import Loader
+from alignx_jax.data.prepared import PreparedExamples, is_prepared, prepared_space
+from alignx_jax.data.proposals import proposed_regions
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.splits import load_splits
-from alignx_jax.data.tokenizers import Tokenizer, load_tokenizer
+from alignx_jax.data.stream import mixing_rates
+from alignx_jax.data.tokenizers import Tokenizer, find_file, load_tokenizer
 from alignx_jax.evaluation.accuracy import (
   PROTOCOLS,
   Scorer,
@@ -21,8 +24,9 @@ from alignx_jax.evaluation.accuracy import (
 )
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.presets import get_architecture
-from alignx_jax.models.pretrained import find_weights, load_decoder
-from alignx_jax.personas.preferences import alignx_space
+from alignx_jax.models.pretrained import load_decoder
+from alignx_jax.personas.persona import HistoryPolicy
+from alignx_jax.personas.preferences import PreferenceSpace, alignx_space
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.loop import TrainResult, scorer, train
@@ -53,6 +57,7 @@ class Experiment:
     config = self.config.copy_and_resolve_references()
     config.objective.name = name
     formatting = dataclasses.replace(self.formatting, condition=OBJECTIVES[name])
+    formatting = _with_regions(config, formatting)
     return dataclasses.replace(self, config=config, formatting=formatting)
 
 
@@ -69,18 +74,35 @@ def load_experiment(config) -> Experiment:
     )
   _check_sizes(config)
   tokenizer, model = load_tokenizer_and_model(config)
-  space = alignx_space()
+  space = _space(config)
   splits = load_splits(config.data, space, seed=config.seed)
   formatting = Formatting(
     tokenizer=tokenizer,
     space=space,
-    regions=Regions(**config.regions),
+    regions=Regions(config.regions.context, config.regions.response, config.regions.examples),
     chat=config.prompt.chat,
     prompt=config.prompt.format,
     condition=OBJECTIVES[config.objective.name],
-    history=config.data.history,
+    history=HistoryPolicy(**config.history),
   )
-  return Experiment(config, model, formatting, splits["train"], splits["test"])
+  return Experiment(
+    config, model, _with_regions(config, formatting), splits["train"], splits["test"]
+  )
+
+
+def _space(config) -> PreferenceSpace:
+  """The dimensions that the directions of a config's records are of."""
+  if is_prepared(config.data.path):
+    return prepared_space(config.data.path)
+  return alignx_space()
+
+
+def _with_regions(config, formatting: Formatting) -> Formatting:
+  """The formatting with the proposed regions that config.regions.layout names, if any."""
+  if not config.regions.layout:
+    return formatting
+  regions = proposed_regions(config.data.path, formatting, config.regions.layout)
+  return dataclasses.replace(formatting, regions=regions)
 
 
 def _check_sizes(config) -> None:
@@ -120,7 +142,7 @@ def load_tokenizer_and_model(config) -> tuple[Tokenizer, Decoder]:
     model = Decoder(arch, rngs=nnx.Rngs(config.seed), **options)
     beside = "bytes"
   else:
-    beside = find_weights(weights)
+    beside = find_file(weights)
     model = load_decoder(beside, **options)
   tokenizer = load_tokenizer(config.model.tokenizer or beside)
   # Models pad their vocabulary a little; one much larger belongs to another tokenizer.
@@ -147,7 +169,15 @@ def run_training(experiment: Experiment, workdir: Path) -> TrainResult:
 
 def training_loader(experiment: Experiment) -> Loader:
   """The stream of a config's training examples."""
-  config = experiment.config
+  config, mixture = experiment.config, None
+  if config.data.temperature != 1:
+    if not isinstance(experiment.train, PreparedExamples):
+      raise ValueError(
+        "config.data.temperature weighs the sources of a prepared set; set it to 1 or "
+        "config.data.path to what alignx_jax.prepare_data wrote."
+      )
+    groups = list(experiment.train.by_source().values())
+    mixture = groups, mixing_rates([len(group) for group in groups], config.data.temperature)
   return Loader(
     experiment.train,
     experiment.formatting,
@@ -155,6 +185,7 @@ def training_loader(experiment: Experiment) -> Loader:
     epochs=config.train.epochs,
     seed=config.seed,
     workers=config.data.workers,
+    mixture=mixture,
   )
 
 
@@ -207,4 +238,7 @@ def _scorer(experiment: Experiment, name: str, params: nnx.State) -> Scorer:
   log_probs = scorer(
     experiment.model, params, mesh, rows=config.eval.rows, chunk=config.train.head_chunk
   )
-  return Scorer(name, log_probs, experiment.test, experiment.formatting, config.eval.rows)
+  # Whatever the condition it trains on, a policy is compared with what reads the whole persona.
+  formatting = dataclasses.replace(experiment.formatting, condition="persona")
+  formatting = _with_regions(config, formatting)
+  return Scorer(name, log_probs, experiment.test, formatting, config.eval.rows)

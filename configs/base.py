@@ -22,16 +22,27 @@ def get_config() -> ConfigDict:
   config.prompt.format = "default"  # personas/prompt_formats.json
 
   config.data = ConfigDict()
-  # A JSON list of records in the published schema, or "simulated".
+  # A JSON list of records in the published schema, a directory that prepare_data.py wrote, or
+  # "simulated".
   config.data.path = ""
   config.data.train_records = config_dict.placeholder(int)  # None: all; simulated: required
   config.data.test_records = config_dict.placeholder(int)  # likewise
   config.data.test_share = 0.5  # of posts, for a JSON list
-  config.data.history = "release"  # history policy in training: "release" or "all"
+  # Above 1 the small sources of a prepared set come more often: shares ∝ size^(1/temperature).
+  config.data.temperature = 1.0
   config.data.workers = 0  # processes that tokenise and pack; 0: the main one does
+
+  # What training shows of a persona (personas/persona.py).
+  config.history = ConfigDict()
+  config.history.policy = "release"  # "release": 0–4 comments and pairs; "all"; "fixed": items
+  config.history.items = 0  # for "fixed"
+  config.history.kinds = ("ugc", "pair", "demo")
+  config.history.order = "kept"  # "kept": oldest first; "reversed"; "shuffled"
 
   # Sizes of a packed row, in tokens and examples.
   config.regions = ConfigDict()
+  # Tokens of a row, "8192", to take the sizes that prepare_data.py proposed for the data.
+  config.regions.layout = ""
   config.regions.context = 1024
   config.regions.response = 256
   config.regions.examples = 16

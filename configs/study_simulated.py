@@ -13,9 +13,9 @@ def get_config():
   config.model.weights = "package:alignx_jax/models/simulated_base"
   config.model.remat = False
   config.data.path = "simulated"
-  config.data.train_records = 3200
+  config.data.train_records = 6400
   config.data.test_records = 600
-  config.data.history = "all"
+  config.history.policy = "all"
   config.regions.context = 640
   config.regions.response = 96
   config.regions.examples = 4

@@ -17,7 +17,7 @@ from alignx_jax.data.loader import Loader, choose
 from alignx_jax.data.records import Example, parse_record
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import load_tokenizer
-from alignx_jax.personas.persona import ComparedPair, Persona, UserComment
+from alignx_jax.personas.persona import ComparedPair, HistoryPolicy, Persona, UserComment
 from alignx_jax.personas.preferences import alignx_space
 from alignx_jax.personas.prompts import render_prompt, render_response, text_of
 from alignx_jax.personas.simulator import SimulatorConfig, simulate_record
@@ -136,12 +136,14 @@ def test_a_row_holds_several_examples_and_no_more_than_its_slots(users):
 
 def test_the_stream_is_deterministic(users):
   settings = {"epochs": 2, "seed": 3}
-  form = formatting(history="release")
+  form = formatting(history=HistoryPolicy("release"))
   assert_same(batches_of(users, form, **settings), batches_of(users, form, **settings))
 
 
 def test_the_stream_goes_on_exactly_after_any_batch(users):
-  loader = Loader(users, formatting(history="release"), rows=2, window=4, epochs=2, seed=3)
+  loader = Loader(
+    users, formatting(history=HistoryPolicy("release")), rows=2, window=4, epochs=2, seed=3
+  )
   whole = list(loader.batches())
   assert len(whole) > 8
   counts = dict(loader.counts)
@@ -156,7 +158,9 @@ def test_the_stream_goes_on_exactly_after_any_batch(users):
 def test_workers_do_not_change_the_stream(users, workers):
   # A record that is refused in a worker is counted here.
   users = [*users, dataclasses.replace(users[0], chosen=LONG)]
-  alone = Loader(users, formatting(history="release"), rows=4, window=4, epochs=2, seed=3)
+  alone = Loader(
+    users, formatting(history=HistoryPolicy("release")), rows=4, window=4, epochs=2, seed=3
+  )
   whole = list(alone.batches())
   shared = dataclasses.replace(alone, workers=workers, counts=collections.Counter())
   assert_same(rows_of(shared), [batch.rows for batch in whole])
@@ -189,7 +193,7 @@ def test_seeds_give_other_orders_and_none_keeps_the_order(users):
 
 
 def test_each_epoch_has_its_own_order_and_history(users):
-  form = formatting(history="release", examples=1)
+  form = formatting(history=HistoryPolicy("release"), examples=1)
   batches = batches_of(users, form, seed=1, epochs=2, rows=1, window=1)
   order, n = order_of(batches), len(users)
   assert [i - n for i in order[n:]] != order[:n]
@@ -200,7 +204,7 @@ def test_each_epoch_has_its_own_order_and_history(users):
 
 
 def test_an_example_does_not_depend_on_its_neighbours(users):
-  form = formatting(history="release")
+  form = formatting(history=HistoryPolicy("release"))
   all_texts = context_texts(batches_of(users, form, seed=4))
   few_texts = context_texts(batches_of(users[:9], form, seed=4, rows=1, window=7))
   assert few_texts == {index: all_texts[index] for index in range(9)}
@@ -327,14 +331,31 @@ def test_a_format_with_bos_needs_a_tokenizer_with_bos():
     formatting(prompt="release_eval", tokenizer=dataclasses.replace(TOKENIZER, bos_id=None))
 
 
-@pytest.mark.parametrize("epochs_scored", [1, 2])
-def test_reference_log_probs_go_with_their_examples(users, epochs_scored):
+@pytest.mark.parametrize(("policy", "epochs_scored"), [("all", 1), ("release", 2)])
+def test_reference_log_probs_go_with_their_examples(users, policy, epochs_scored):
   size = epochs_scored * len(users)
   reference = np.random.default_rng(0).normal(size=(size, 2)).astype(np.float32)
-  for batch in batches_of(users, epochs=2, seed=2, reference=reference):
+  form = formatting(history=HistoryPolicy(policy))
+  for batch in batches_of(users, form, epochs=2, seed=2, reference=reference):
     for b, e in zip(*np.nonzero(batch.weight_BE), strict=True):
       expected = reference[batch.example_BE[b, e] % size]
       np.testing.assert_array_equal(batch.reference_BNE[b, :, e], expected)
+
+
+def test_a_mixture_has_its_rates_and_its_own_reference(users):
+  groups = [np.arange(0, 3), np.arange(3, len(users))]
+  form = formatting(history=HistoryPolicy("release"))
+  loader = Loader(users, form, rows=2, epochs=2, seed=2, mixture=(groups, (0.5, 0.5)))
+  reference = np.random.default_rng(0).normal(size=(loader.stream.slots, 2)).astype(np.float32)
+  loader.reference = reference
+  shown = []
+  for batch in rows_of(loader):
+    for b, e in zip(*np.nonzero(batch.weight_BE), strict=True):
+      slot = batch.example_BE[b, e]
+      shown.append(loader.stream.example(slot))
+      np.testing.assert_array_equal(batch.reference_BNE[b, :, e], reference[slot])
+  assert len(shown) == 2 * len(users)
+  assert abs(sum(i < 3 for i in shown) - len(users)) <= 1
 
 
 @pytest.mark.parametrize("condition", ["golden", "inferred"])

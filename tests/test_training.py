@@ -191,7 +191,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_start_over(config, tm
 
 
 def test_epochs_alike_share_one_reference(config, tmp_path):
-  config.data.history = "all"
+  config.history.policy = "all"
   config.train.epochs = 2
   _, lines = _run(config, tmp_path / "run")
   (file,) = (tmp_path / "run" / "reference").glob("*.npy")

@@ -6,7 +6,7 @@ from typing import Any
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions, Tokenised
 from alignx_jax.data.tokenizers import Tokenizer
-from alignx_jax.personas.persona import Persona
+from alignx_jax.personas.persona import HistoryPolicy, Persona
 from alignx_jax.personas.preferences import PreferenceSpace
 from alignx_jax.personas.prompts import (
   chat_format,
@@ -30,7 +30,7 @@ class Formatting:
     chat, prompt: names of the chat and prompt formats (personas/prompts.py).
     condition: what the policy is conditioned on: the raw `persona` (ICA), P̃ `inferred`
       from the history or `golden` from the record's label (PBA), or `none`.
-    history: history policy (personas/persona.py).
+    history: which parts of a persona the prompt shows.
   """
 
   tokenizer: Tokenizer
@@ -39,7 +39,7 @@ class Formatting:
   chat: str
   prompt: str
   condition: str
-  history: str = "all"
+  history: HistoryPolicy = HistoryPolicy()
 
   def __post_init__(self):
     if self.condition not in CONDITIONS:
@@ -126,5 +126,6 @@ def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Toke
       return Tokenised(ids, *responses, dropped)
     if "persona" not in condition:
       break
-    condition = {"persona": condition["persona"].drop_oldest()}
+    newest_first = formatting.history.order == "reversed"
+    condition = {"persona": condition["persona"].drop_oldest(newest_first=newest_first)}
   raise Refused("context longer than its region")

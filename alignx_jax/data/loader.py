@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from absl import flags, logging
 from alignx_jax.data.formatting import Formatting, Refused, tokenise
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions, Rows, Tokenised, lay_out, stack
+from alignx_jax.data.stream import Place, Stream
 from alignx_jax.personas.persona import sample_history
 
 
@@ -73,10 +75,12 @@ class Loader:
     rows: B, rows of a batch.
     epochs: passes over the data.
     seed: of order and history; None keeps the order.
+    mixture: indices of each source's examples, and its share of the stream; None takes all
+      examples alike.
     window: examples of a lane among which a row chooses; more pack tighter.
     workers: processes that tokenise and pack; 0 does it in this one.
-    reference: response log-probs under the reference, [stream, N], or [examples, N] if every
-      epoch is alike; None until computed.
+    reference: response log-probs under the reference, None until computed: [slots, N], or
+      [examples, N] if the history policy draws nothing.
     counts: refused examples by reason and dropped history items, so far as it was read.
   """
 
@@ -87,6 +91,7 @@ class Loader:
   seed: int | None = None
   window: int = 32
   workers: int = 0
+  mixture: tuple[Sequence[np.ndarray], Sequence[float]] | None = None
   reference: np.ndarray | None = None
   counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
@@ -132,28 +137,30 @@ class Loader:
           return
         yield batch
 
-  def tokenised(self, position: int) -> tuple[int, Tokenised]:
-    """Index in the stream and token ids of the example at a position.
-
-    The index says which example it is (modulo their number) in which epoch.
+  def tokenised(self, position: int) -> tuple[Place, Tokenised]:
+    """What stands at a position of the stream, and its token ids.
 
     Raises:
       Refused: the example cannot be used.
     """
-    epoch, size = position // len(self.examples), len(self.examples)
-    index = self._order[position]
-    example = self.examples[index]
-    rng = np.random.default_rng([self.seed or 0, epoch, index])
-    persona = sample_history(example.persona, self.formatting.history, rng)
-    return epoch * size + index, tokenise(example, self.formatting, persona)
+    place = self.stream[position]
+    example = self.examples[place.example]
+    persona = example.persona
+    if self.formatting.history.random:
+      rng = history_rng(self.seed or 0, place.epoch, example.id)
+      persona = sample_history(persona, self.formatting.history, rng)
+    return place, tokenise(example, self.formatting, persona)
 
   @functools.cached_property
-  def _order(self) -> grain.MapDataset:
-    """From position to index of the example."""
-    order = grain.MapDataset.range(len(self.examples))
-    if self.seed is not None:
-      order = order.shuffle(seed=self.seed)
-    return order.repeat(self.epochs)
+  def stream(self) -> Stream:
+    """Which example stands where."""
+    groups, rates = self.mixture or ([range(len(self.examples))], [1.0])
+    return Stream(groups, length=self.stream_length, seed=self.seed, rates=rates)
+
+
+def history_rng(seed: int, epoch: int, id: str) -> np.random.Generator:
+  """What draws the history of an example: the same wherever it stands in whichever order."""
+  return np.random.default_rng([seed, epoch, zlib.crc32(id.encode())])
 
 
 class _Lanes(grain.IterDataset):
@@ -196,7 +203,7 @@ class _Lane:
     self._loader = loader
     self._next, *waiting = map(int, lane_W)
     self._counts = collections.Counter()
-    self._window = []  # (position, index in the stream, Tokenised)
+    self._window = []  # (position, Place, Tokenised)
     for position in waiting:
       if position >= 0:
         self._read(position)
@@ -204,13 +211,13 @@ class _Lane:
 
   def _read(self, position):
     try:
-      index, ids = self._loader.tokenised(position)
+      place, ids = self._loader.tokenised(position)
     except Refused as reason:
       self._counts[f"refused, {reason}"] += 1
       return
     if ids.dropped:
       self._counts["too long, oldest history items dropped"] += 1
-    self._window.append((position, index, ids))
+    self._window.append((position, place, ids))
 
   def row(self) -> tuple[Rows, np.ndarray, collections.Counter]:
     """The next row, empty when the lane has ended; the lane's state after it; new counts."""
@@ -220,13 +227,13 @@ class _Lane:
       self._next += loader.rows
     regions = loader.formatting.regions
     taken = choose([ids.sizes for _, _, ids in self._window], regions) if self._window else []
-    _, indices, examples = (
-      zip(*(self._window[i] for i in taken), strict=True) if taken else [()] * 3
-    )
+    _, places, examples = zip(*(self._window[i] for i in taken), strict=True) if taken else [()] * 3
     references = None
     if loader.reference is not None:
-      references = [loader.reference[i % len(loader.reference)] for i in indices]
-    row = lay_out(examples, regions, indices=indices, references=references)
+      each_draw = loader.formatting.history.random
+      references = [loader.reference[p.slot if each_draw else p.example] for p in places]
+    slots = [place.slot for place in places]
+    row = lay_out(examples, regions, indices=slots, references=references)
     self._window = [item for i, item in enumerate(self._window) if i not in taken]
     lane_W = np.full(1 + loader.window, -1, np.int32)
     lane_W[0] = self._next

@@ -21,7 +21,10 @@ class RecordError(ValueError):
 
   def __init__(self, where: str, field: str, reason: str):
     super().__init__(f"{where}: field {field!r} {reason}" if field else f"{where}: {reason}")
-    self.field, self.reason = field, reason
+    self.where, self.field, self.reason = where, field, reason
+
+  def __reduce__(self):  # errors of workers come pickled
+    return RecordError, (self.where, self.field, self.reason)
 
 
 @dataclasses.dataclass(frozen=True)

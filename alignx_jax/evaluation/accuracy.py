@@ -20,6 +20,7 @@ from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.loader import Loader
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Rows
+from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.training.reference import score_stream
 
 PROTOCOLS = ("matched", "release", "unconditioned")
@@ -130,7 +131,7 @@ class Scorer:
 
   def _score(self, condition: str, shuffle: bool = False) -> np.ndarray:
     examples = shuffled(self.examples) if shuffle else self.examples
-    formatting = dataclasses.replace(self.formatting, condition=condition, history="all")
+    formatting = dataclasses.replace(self.formatting, condition=condition, history=HistoryPolicy())
     loader = Loader(examples, formatting, rows=self.rows)
     label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
     return score_stream(self.log_probs, loader, describe=label)

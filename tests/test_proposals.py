@@ -1,0 +1,75 @@
+"""Region sizes proposed from data: what they promise is what the loader gives."""
+
+import numpy as np
+import pytest
+
+from alignx_jax.data.formatting import Formatting
+from alignx_jax.data.loader import Loader
+from alignx_jax.data.proposals import measure, pack, propose, proposed_regions, write_proposals
+from alignx_jax.data.records import parse_record
+from alignx_jax.data.rows import Regions
+from alignx_jax.data.tokenizers import load_tokenizer
+from alignx_jax.personas.persona import HistoryPolicy
+from alignx_jax.personas.preferences import alignx_space
+from alignx_jax.personas.simulator import simulate_record
+
+SPACE = alignx_space()
+
+
+@pytest.fixture(scope="module")
+def users():
+  records = [simulate_record(i, split="train", seed=2) for i in range(300)]
+  return [parse_record(record, SPACE, f"users:{i}") for i, record in enumerate(records)]
+
+
+def formatting(**changes):
+  fields = {
+    "tokenizer": load_tokenizer("bytes"),
+    "space": SPACE,
+    "regions": Regions(0, 0, 0),
+    "chat": "chatml",
+    "prompt": "default",
+    "condition": "persona",
+    "history": HistoryPolicy("release"),
+  }
+  return Formatting(**fields | changes)
+
+
+def test_packing_by_hand():
+  sizes = np.array([[6, 2, 1], [5, 1, 1], [4, 2, 2], [5, 1, 3]])
+  # A window of one packs in order, one row at a time: 6, then 5 and 4, then 5.
+  padding, most = pack(sizes, Regions(10, 4, 8), window=1)
+  assert most == 1 and padding == pytest.approx(1 - (9 + 7 + 8 + 9) / (4 * 18))
+
+
+@pytest.mark.parametrize("layout", [4096, 8192])
+def test_the_loader_pads_as_expected(users, layout):
+  sizes = measure(users, formatting(), sample=300)
+  assert len(sizes) == 300
+  found = propose(sizes, layout)
+  assert found["context"] + 2 * found["response"] == layout
+  regions = Regions(found["context"], found["response"], found["examples"])
+  loader = Loader(users, formatting(regions=regions), rows=1, epochs=4, seed=0)
+  rows = [batch.rows for batch in loader.batches()][:-4]
+  share = np.mean([(row.segments_BL == 0).mean() for row in rows])
+  assert share == pytest.approx(found["padding"], abs=0.02)
+  assert share < 0.1
+  assert not any("refused" in reason for reason in loader.counts)
+
+
+def test_rows_too_short_for_most_are_not_proposed(users):
+  assert propose(measure(users, formatting(), sample=50), 256) is None
+
+
+def test_proposals_are_kept_by_formatting_and_found_again(users, tmp_path):
+  form = formatting()
+  table = write_proposals(tmp_path, {"train": users}, form, layouts=(4096, 64), sample=100)
+  assert "too short for most records" in table
+  regions = proposed_regions(tmp_path, form, "4096")
+  assert regions.layout == 4096 and regions.examples > 1
+  other = proposed_regions(tmp_path, formatting(condition="inferred"), "4096")
+  assert other.examples > regions.examples
+  with pytest.raises(ValueError, match=r"no regions for rows of 8192 tokens .* \(it has 4096\)"):
+    proposed_regions(tmp_path, form, "8192")
+  with pytest.raises(ValueError, match=r"\(it has none\)"):
+    proposed_regions(tmp_path, formatting(history=HistoryPolicy()), "4096")
