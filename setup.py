@@ -7,9 +7,17 @@ from setuptools import find_packages, setup
 EXTRAS = {
   "beam": ["apache-beam>=2.70,<3"],
   "gguf": ["gguf>=0.17,<1"],
+  "seqio": ["seqio>=0.0.20,<0.1"],
   "tpu": ["libtpu>=0.0.42"],
 }
-EXTRAS["test"] = [*EXTRAS["gguf"], "hypothesis>=6.100", "pytest>=8", "ruff>=0.14"]
+EXTRAS["test"] = [
+  *EXTRAS["beam"],
+  *EXTRAS["gguf"],
+  *EXTRAS["seqio"],
+  "hypothesis>=6.100",
+  "pytest>=8",
+  "ruff>=0.14",
+]
 
 setup(
   name="alignx_jax",

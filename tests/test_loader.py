@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from alignx_jax.data.formatting import (
   infer_profile,
   tokenise,
 )
-from alignx_jax.data.loader import Loader, choose
+from alignx_jax.data.loader import Batch, Loader, choose
 from alignx_jax.data.records import Example, parse_record
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import load_tokenizer
@@ -166,6 +167,45 @@ def test_workers_do_not_change_the_stream(users, workers):
   assert_same(rows_of(shared), [batch.rows for batch in whole])
   assert shared.counts == alone.counts and sum(alone.counts.values()) >= 2
   assert_same(rows_of(shared, whole[2].lanes_BW), [batch.rows for batch in whole[3:]])
+
+
+def global_batches(loader, hosts, lanes_BW, count):
+  """The next global batches as that many hosts read them, each its own lanes."""
+  share = loader.rows // hosts
+  parts = []
+  for host in range(hosts):
+    lanes = lanes_BW[host * share : (host + 1) * share]
+    parts.append(list(itertools.islice(loader.batches(lanes, endless=True), count)))
+  return [
+    Batch(*joined([batch.rows for batch in step], [b.lanes_BW for b in step]))
+    for step in zip(*parts, strict=True)
+  ]
+
+
+def joined(rows, lanes):
+  whole = type(rows[0])(*(np.concatenate(arrays) for arrays in zip(*rows, strict=True)))
+  return whole, np.concatenate(lanes)
+
+
+@pytest.mark.parametrize(("hosts", "resumed"), [(1, 4), (2, 1), (4, 2), (2, 4)])
+def test_a_stream_saved_by_some_hosts_goes_on_alike_on_others(users, hosts, resumed):
+  form = formatting(history=HistoryPolicy("release"))
+  loader = Loader(users, form, rows=4, window=4, epochs=40, seed=3)
+  whole = list(itertools.islice(loader.batches(), 91))
+  assert_same(
+    [b.rows for b in global_batches(loader, hosts, loader.start(), 40)],
+    [b.rows for b in whole[:40]],
+  )
+  for step in np.random.default_rng(hosts).choice(np.arange(1, 40), size=10, replace=False):
+    saved = global_batches(loader, hosts, whole[step - 1].lanes_BW, 1)[0]
+    on = global_batches(loader, resumed, saved.lanes_BW, 50)
+    assert_same([b.rows for b in on], [b.rows for b in whole[step + 1 : step + 1 + len(on)]])
+
+
+def test_hosts_whose_lanes_have_ended_go_on_with_empty_rows(users):
+  loader = Loader(users[:5], formatting(), rows=4, window=4)
+  one = list(itertools.islice(loader.batches(loader.start()[3:], endless=True), 4))
+  assert [bool(b.rows.weight_BE.any()) for b in one] == [True, False, False, False]
 
 
 def test_workers_that_do_not_divide_the_rows_are_refused(users):

@@ -393,7 +393,6 @@ def test_workers_and_beam_write_the_same(tmp_path):
   two = functools.partial(run_in_processes, workers=2)
   prepare(files, tmp_path / "two", config, shard_records=40, run_all=two)
   assert contents(tmp_path / "two") == contents(tmp_path / "here")
-  pytest.importorskip("apache_beam", reason="needs the extra `beam`")
   prepare(files, tmp_path / "beam", config, shard_records=40, run_all=run_on_beam)
   assert contents(tmp_path / "beam") == contents(tmp_path / "here")
 

@@ -1,11 +1,16 @@
 """The README's commands work as they stand there. The first two are run by .ci/run."""
 
+import os
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from alignx_jax.personas.simulator import simulate_record
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = re.findall(
@@ -28,8 +33,9 @@ SMALL = {
 
 @pytest.mark.slow
 def test_commands_on_a_real_model(tmp_path, smollm2_path):
-  assert len(COMMANDS) == 3
-  for command in COMMANDS:
+  commands = [command for command in COMMANDS if "smollm2" in command]
+  assert len(commands) == 3
+  for command in commands:
     small = [f"--{name}={value}" for name, value in SMALL.items()]
     arguments = shlex.split(command.replace("runs/", f"{tmp_path}/")) + small
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -37,6 +43,26 @@ def test_commands_on_a_real_model(tmp_path, smollm2_path):
     assert "| policy" in done.stdout and "| shuffled " in done.stdout
   for name in ("smollm2_ica", "smollm2_pba"):
     assert (tmp_path / name / "results.json").exists()
+
+
+def test_commands_that_prepare_data(tmp_path):
+  commands = [command for command in COMMANDS if "prepare_data" in command]
+  assert len(commands) == 2
+  (tmp_path / "published").mkdir()
+  records = [simulate_record(i, split="train", seed=0) for i in range(20)]
+  pq.write_table(pa.Table.from_pylist(records), tmp_path / "published" / "Reddit.parquet")
+  for command, count in zip(commands, (20, 1500), strict=True):
+    arguments = shlex.split(command.replace("data/", "out/"))
+    arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+      arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{count:,} records, 0 refused" in done.stdout
+  assert "8192 persona" in done.stdout
+  assert (tmp_path / "out/simulated/regions.json").exists()
+  assert (tmp_path / "out/train/data_card.json").exists()
 
 
 def test_every_file_the_readme_points_to_is_there():

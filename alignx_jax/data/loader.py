@@ -112,28 +112,35 @@ class Loader:
     lanes_BW[:, 0] = np.arange(self.rows)
     return lanes_BW
 
-  def batches(self, lanes_BW: np.ndarray | None = None) -> Iterator[Batch]:
+  def batches(
+    self, lanes_BW: np.ndarray | None = None, *, endless: bool = False
+  ) -> Iterator[Batch]:
     """The stream's batches from its start, or after the batch that had these lanes.
 
+    Args:
+      lanes_BW: all lanes, or the consecutive ones whose rows this host reads; the next batches
+        have these rows of the global ones.
+      endless: go on with empty rows once these lanes have ended, as others may not have.
     Raises:
       ValueError: the workers do not divide the rows.
     """
-    if self.workers and self.rows % self.workers:
-      raise ValueError(
-        f"{self.rows} rows do not divide by {self.workers} workers; change config.data.workers."
-      )
     lanes_BW = self.start() if lanes_BW is None else np.asarray(lanes_BW)
+    size = len(lanes_BW)
+    if self.workers and size % self.workers:
+      raise ValueError(
+        f"{size} rows do not divide by {self.workers} workers; change config.data.workers."
+      )
     if self.workers and not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain reads its flags, also in a notebook
     options = grain.MultiprocessingOptions(num_workers=self.workers)
     packed = iter(_Lanes(self, lanes_BW).mp_prefetch(options))
     with contextlib.closing(packed):
       while True:
-        rows, lanes, counts = zip(*(next(packed) for _ in range(self.rows)), strict=True)
+        rows, lanes, counts = zip(*(next(packed) for _ in range(size)), strict=True)
         for count in counts:
           self.counts.update(count)
         batch = Batch(stack(rows), np.stack(lanes))
-        if not batch.rows.weight_BE.any():  # every lane has ended
+        if not endless and not batch.rows.weight_BE.any():  # every lane has ended
           return
         yield batch
 

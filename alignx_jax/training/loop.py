@@ -24,7 +24,7 @@ from alignx_jax.training import mesh as meshes
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import MetricWriter, divide
 from alignx_jax.training.optimizer import make_optimizer
-from alignx_jax.training.reference import cache_key, cached_reference
+from alignx_jax.training.reference import cache_key, cached_reference, counted_steps
 from alignx_jax.training.run_config import check_run_config, save_run_config
 
 
@@ -135,16 +135,18 @@ def train(config, workdir: str | Path, *, model: Decoder, loader: Loader) -> Tra
   log_probs = scorer(model, params, mesh, rows=loader.rows, chunk=config.train.head_chunk)
   directory = Path(config.reference.directory or workdir / "reference")
   loader.reference = cached_reference(log_probs, loader, directory, model=model)
-  available = sum(1 for _ in loader.batches())
-  loader.report_counts("training")
-  steps = config.train.steps or available
-  if not 0 < steps <= available:
-    raise ValueError(
-      f"The data gives {available} steps and config.train.steps asks for {steps}; set it lower, "
-      "or raise config.train.epochs."
-      if available
-      else "Every training example was refused: the warnings above say why."
-    )
+  steps = config.train.steps
+  # So many there are even if every row were full; only for more is it worth to count.
+  if not 0 < steps <= loader.stream_length // (loader.rows * loader.formatting.regions.examples):
+    available = counted_steps(loader, directory, model=model)
+    steps = steps or available
+    if not 0 < steps <= available:
+      raise ValueError(
+        f"The data gives {available} steps and config.train.steps asks for {steps}; set it lower, "
+        "or raise config.train.epochs."
+        if available
+        else "Every training example was refused: the warnings above say why."
+      )
 
   # ------------------------------------------------------------------ state
   optimizer = make_optimizer(config.optimizer, steps)
@@ -190,7 +192,7 @@ def train(config, workdir: str | Path, *, model: Decoder, loader: Loader) -> Tra
     step, rows, metrics, started = pending
     metrics = divide(jax.device_get(metrics))
     if not np.isfinite(metrics["loss"] + metrics["gradient_norm"]):
-      ids = [loader.examples[i % len(loader.examples)].id for i in _examples(rows)]
+      ids = [loader.examples[loader.stream.example(i)].id for i in _examples(rows)]
       raise FloatingPointError(
         f"Loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} at step {step}, "
         f"examples {', '.join(ids)}; try a lower config.optimizer.learning_rate in a new --workdir."
@@ -212,7 +214,9 @@ def train(config, workdir: str | Path, *, model: Decoder, loader: Loader) -> Tra
     bar = stack.enter_context(tqdm(total=steps, initial=first, desc=workdir.name, unit="step"))
     started = time.perf_counter()
     for step in range(first, steps):
-      rows, lanes_BW = next(batches)
+      rows, lanes_BW = next(batches, (None, lanes_BW))
+      if rows is None:  # so many examples were refused
+        raise ValueError(f"The data ended after {step} of {steps} steps; lower config.train.steps.")
       state, metrics = step_fn(state, jax.device_put(rows, rows_sharding))
       # Read the step before this one, while this one runs.
       if pending is not None:

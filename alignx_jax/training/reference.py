@@ -78,6 +78,23 @@ def cached_reference(
   return scores
 
 
+def counted_steps(loader: Loader, directory: Path, *, model: Decoder) -> int:
+  """Batches in a loader's stream, counted once and then read from `directory`."""
+  path = directory / f"steps_{cache_key(loader, model)}_{loader.rows}_{loader.window}.txt"
+  if not path.exists():
+    with tqdm(total=loader.stream_length, desc="counting steps", unit="ex", mininterval=1.0) as bar:
+      steps = 0
+      for rows, _ in loader.batches():
+        steps += 1
+        bar.update(int((rows.example_BE >= 0).sum()))
+    loader.report_counts("training")
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(f"{steps}\n", encoding="utf-8")
+    os.replace(partial, path)
+  return int(path.read_text(encoding="utf-8"))
+
+
 def cache_key(loader: Loader, model: Decoder) -> str:
   """Hash of all that a stream's log-probs depend on: data, formatting, seed and model."""
   formatting = loader.formatting

@@ -99,9 +99,7 @@ def main():
     print(write_proposals(directory, splits, formatting, layouts=[args.layout], sample=2000))
     rounds = [measure(directory, args.records, args.layout) for _ in range(args.rounds)]
   result = {
-    name: statistics.median(r[name] for r in rounds)
-    for name in rounds[0]
-    if name != "first"
+    name: statistics.median(r[name] for r in rounds) for name in rounds[0] if name != "first"
   }
   for name, value in result.items():
     print(f"{name:<34} {value:>12,.3f}" if value < 10 else f"{name:<34} {value:>12,.0f}")

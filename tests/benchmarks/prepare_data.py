@@ -2,8 +2,8 @@
 
   python tests/benchmarks/prepare_data.py --output=prepare_data.json
 
-All 1,311,622 take about half an hour on two cores and 7 GB of disk; --records takes fewer. Memory is
-that of the process and its workers together, sampled while they run.
+--records takes fewer than all 1,311,622. Memory is that of the process and its workers together,
+sampled while they run.
 """
 
 import argparse
@@ -51,9 +51,7 @@ def main():
 
   threading.Thread(target=sample, daemon=True).start()
   started = time.perf_counter()
-  card = prepare(
-    [], f"{directory}/set", get_config("simulated"), simulated={"train": args.records}
-  )
+  card = prepare([], f"{directory}/set", get_config("simulated"), simulated={"train": args.records})
   seconds = time.perf_counter() - started
   finished.set()
   size = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
