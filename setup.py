@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 EXTRAS = {
   "beam": ["apache-beam>=2.70,<3"],
   "gguf": ["gguf>=0.17,<1"],
-  "seqio": ["seqio>=0.0.20,<0.1"],
+  # Later sentencepiece needs a protobuf that TensorFlow does not go with.
+  "seqio": ["seqio>=0.0.20,<0.1", "sentencepiece>=0.2,<0.2.2"],
   "tpu": ["libtpu>=0.0.42"],
 }
 EXTRAS["test"] = [

@@ -10,4 +10,5 @@ from configs import smollm2_p_soups_ica
 def get_config():
   config = smollm2_p_soups_ica.get_config()
   config.objective.name = "pba"
+  config.train.steps = 0  # the whole epoch: its prompts are short
   return config
