@@ -10,13 +10,12 @@ flags.adopt_module_key_flags(command_line)
 def main(config, workdir):
   # Imported here, so that --help answers at once.
   from alignx_jax import experiment as experiments
-  from alignx_jax.evaluation.results import format_table, write_results
+  from alignx_jax.training import hosts
 
+  hosts.connect()
   experiment = experiments.load_experiment(config)
   params = experiments.trained_params(experiment, workdir)
-  results = experiments.evaluate_alone(experiment, params)
-  write_results(workdir / "results.json", results)
-  print(format_table(results))
+  experiments.report_results(workdir, experiments.evaluate_alone(experiment, params))
 
 
 if __name__ == "__main__":

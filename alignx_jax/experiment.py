@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.loader import Loader
@@ -22,15 +23,18 @@ from alignx_jax.evaluation.accuracy import (
   evaluate_policy,
   length_control,
 )
+from alignx_jax.evaluation.results import format_table, write_results
 from alignx_jax.models.decoder import Decoder
+from alignx_jax.models.lora import add_lora, split_trainable
 from alignx_jax.models.presets import get_architecture
-from alignx_jax.models.pretrained import load_decoder
+from alignx_jax.models.pretrained import load_decoder, read_architecture
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.preferences import PreferenceSpace, alignx_space
+from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.checkpoints import Checkpoints
-from alignx_jax.training.loop import TrainResult, scorer, train
-from alignx_jax.training.reference import cache_key
+from alignx_jax.training.loop import TrainResult, train
+from alignx_jax.training.reference import LogProbs, cache_key, fingerprint
 from alignx_jax.training.run_config import check_run_config
 
 # The condition that each objective trains on.
@@ -42,12 +46,14 @@ class Experiment:
   """Everything that a config names, loaded.
 
   Attributes:
-    model: the base: start of the policy and frozen reference.
+    model: the base, shapes alone: start of the policy and frozen reference.
+    mesh: on which models lie.
     formatting: as the policy is trained.
   """
 
   config: object
   model: Decoder
+  mesh: Mesh
   formatting: Formatting
   train: list[Example]
   test: list[Example]
@@ -60,9 +66,16 @@ class Experiment:
     formatting = _with_regions(config, formatting)
     return dataclasses.replace(self, config=config, formatting=formatting)
 
+  def load_base(self) -> nnx.State:
+    """Parameters of the base on the mesh, with an adapter that changes nothing if there is one.
+
+    Read anew at each call: training gives them away.
+    """
+    return load_params(self.config, self.model, self.mesh)
+
 
 def load_experiment(config) -> Experiment:
-  """Loads what a config names.
+  """Loads what a config names, all but the weights.
 
   Raises:
     FileNotFoundError, ValueError: what does not exist or fit, and the field to set.
@@ -72,8 +85,10 @@ def load_experiment(config) -> Experiment:
       f"No objective {config.objective.name!r}; set config.objective.name to "
       f"{' or '.join(OBJECTIVES)}."
     )
-  _check_sizes(config)
-  tokenizer, model = load_tokenizer_and_model(config)
+  mesh = _make_mesh(config)
+  _check_sizes(config, mesh)
+  tokenizer, model = load_tokenizer_and_model(config, platform=mesh.devices.flat[0].platform)
+  meshes.param_shardings(nnx.state(model), mesh)  # raises where sizes do not divide
   space = _space(config)
   splits = load_splits(config.data, space, seed=config.seed)
   formatting = Formatting(
@@ -86,7 +101,7 @@ def load_experiment(config) -> Experiment:
     history=HistoryPolicy(**config.history),
   )
   return Experiment(
-    config, model, _with_regions(config, formatting), splits["train"], splits["test"]
+    config, model, mesh, _with_regions(config, formatting), splits["train"], splits["test"]
   )
 
 
@@ -105,21 +120,26 @@ def _with_regions(config, formatting: Formatting) -> Formatting:
   return dataclasses.replace(formatting, regions=regions)
 
 
-def _check_sizes(config) -> None:
+def _make_mesh(config) -> Mesh:
+  count = config.train.devices or jax.device_count()
+  if count > jax.device_count():
+    raise ValueError(f"config.train.devices is {count}; there are {jax.device_count()}.")
+  return meshes.make_mesh(config.mesh, jax.devices()[:count])
+
+
+def _check_sizes(config, mesh: Mesh) -> None:
   """Raises ValueError, naming the field, on what would fail late or oddly."""
-  devices = config.train.devices or jax.device_count()
-  if devices > jax.device_count():
-    raise ValueError(f"config.train.devices is {devices}; this machine has {jax.device_count()}.")
+  shards = meshes.row_shards(mesh)
   for field, rows in (("train.rows", config.train.rows), ("eval.rows", config.eval.rows)):
-    if rows < 1 or rows % devices:
+    if rows < 1 or rows % shards:
       raise ValueError(
-        f"config.{field} is {rows}; set it to a multiple of the {devices} devices, or set "
-        "config.train.devices."
+        f"config.{field} is {rows}; set it to a multiple of the {shards} devices that rows are "
+        "split over, or change config.mesh or config.train.devices."
       )
-  if config.train.rows % (config.train.accumulation * devices):
+  if config.train.rows % (config.train.accumulation * shards):
     raise ValueError(
       f"config.train.accumulation is {config.train.accumulation}; {config.train.rows} rows do "
-      f"not split into that many parts on {devices} devices: change config.train.rows."
+      f"not split into that many parts on {shards} devices: change config.train.rows."
     )
   if unknown := set(config.eval.protocols) - set(PROTOCOLS):
     raise ValueError(
@@ -127,23 +147,82 @@ def _check_sizes(config) -> None:
     )
 
 
-def load_tokenizer_and_model(config) -> tuple[Tokenizer, Decoder]:
-  """The tokenizer and the base model of config.model.
+def abstract_model(config, arch, *, platform: str) -> Decoder:
+  """A Decoder of shapes alone, as config.model and config.lora say.
+
+  Args:
+    platform: of the devices that it will run on.
+  """
+  attention = config.model.attention
+  if attention == "auto":
+    attention = "splash" if platform == "tpu" else "dense"
+
+  def make():
+    model = Decoder(
+      arch,
+      rngs=nnx.Rngs(0),
+      param_dtype=config.model.param_dtype,
+      compute_dtype=config.model.compute_dtype,
+      remat=config.model.remat,
+      attention=attention,
+      block=config.model.attention_block,
+    )
+    if config.lora.rank:
+      add_lora(model, rank=config.lora.rank, alpha=config.lora.alpha, rngs=nnx.Rngs(0))
+    return model
+
+  return nnx.eval_shape(make)
+
+
+def load_params(config, model: Decoder, mesh: Mesh) -> nnx.State:
+  """Parameters of config.model.weights in the shapes of `model`, each shard on its device."""
+  options = {"param_dtype": config.model.param_dtype}
+
+  def initial(what):
+    """Some of the parameters as they are before training, made where they lie."""
+
+    def make():
+      model_ = Decoder(model.arch, rngs=nnx.Rngs(config.seed), **options)
+      if config.lora.rank:
+        rngs = nnx.Rngs(config.seed + 1)
+        add_lora(model_, rank=config.lora.rank, alpha=config.lora.alpha, rngs=rngs)
+      return what(nnx.state(model_))
+
+    return jax.jit(make, out_shardings=what(meshes.param_shardings(nnx.state(model), mesh)))()
+
+  weights = config.model.weights
+  if weights.startswith("preset:"):
+    return initial(lambda state: state)
+  shardings = lambda params: meshes.param_shardings(params, mesh)
+  base = nnx.state(load_decoder(find_file(weights), shardings=shardings, **options))
+  if not config.lora.rank:
+    return base
+  return nnx.merge_state(base, initial(lambda state: split_trainable(state)[0]))
+
+
+def load_tokenizer_and_model(config, *, platform: str = "cpu") -> tuple[Tokenizer, Decoder]:
+  """The tokenizer of config.model and the base model, shapes alone.
 
   Raises:
     ValueError: the tokenizer does not fit the model, or the row is too long for it.
   """
-  options = {name: config.model[name] for name in ("param_dtype", "compute_dtype", "remat")}
   weights = config.model.weights
   if not weights:
     raise ValueError("config.model.weights is empty; set it to a model or 'preset:NAME'.")
   if weights.startswith("preset:"):
     arch = get_architecture(weights.removeprefix("preset:"))
-    model = Decoder(arch, rngs=nnx.Rngs(config.seed), **options)
     beside = "bytes"
   else:
     beside = find_file(weights)
-    model = load_decoder(beside, **options)
+    arch = read_architecture(beside)
+    if config.model.preset and arch != (named := get_architecture(config.model.preset)):
+      names = [field.name for field in dataclasses.fields(arch)]
+      differ = [name for name in names if getattr(arch, name) != getattr(named, name)]
+      raise ValueError(
+        f"{weights} is no {config.model.preset!r}: it differs in {', '.join(differ)}; change "
+        "config.model.preset or empty it."
+      )
+  model = abstract_model(config, arch, platform=platform)
   tokenizer = load_tokenizer(config.model.tokenizer or beside)
   # Models pad their vocabulary a little; one much larger belongs to another tokenizer.
   least = 0 if weights.startswith("preset:") else 0.9 * model.arch.vocab_size
@@ -163,8 +242,14 @@ def load_tokenizer_and_model(config) -> tuple[Tokenizer, Decoder]:
 
 def run_training(experiment: Experiment, workdir: Path) -> TrainResult:
   """Trains as the config says; again resumes."""
-  loader = training_loader(experiment)
-  return train(experiment.config, workdir, model=experiment.model, loader=loader)
+  return train(
+    experiment.config,
+    workdir,
+    model=experiment.model,
+    params=experiment.load_base(),
+    mesh=experiment.mesh,
+    loader=training_loader(experiment),
+  )
 
 
 def training_loader(experiment: Experiment) -> Loader:
@@ -191,7 +276,7 @@ def training_loader(experiment: Experiment) -> Loader:
 
 def base_scorer(experiment: Experiment) -> Scorer:
   """Scores of the untrained base on the test pairs."""
-  return _scorer(experiment, "base", nnx.state(experiment.model))
+  return _scorer(experiment, "base", experiment.load_base())
 
 
 def base_results(experiment: Experiment, base: Scorer, objectives) -> list[dict]:
@@ -213,8 +298,15 @@ def evaluate_alone(experiment: Experiment, params: nnx.State) -> list[dict]:
   return rows + policy_results(experiment, params, base)
 
 
+def report_results(workdir: Path, results: list[dict]) -> None:
+  """Writes results.json and prints the table; of several processes the first does."""
+  if hosts.is_first():
+    write_results(workdir / "results.json", results)
+    print(format_table(results))
+
+
 def trained_params(experiment: Experiment, workdir: Path) -> nnx.State:
-  """Parameters of the newest checkpoint of a run of this config.
+  """All parameters of the newest checkpoint of a run of this config.
 
   Raises:
     FileNotFoundError: there is none.
@@ -224,19 +316,19 @@ def trained_params(experiment: Experiment, workdir: Path) -> nnx.State:
   step = checkpoints.latest_step()
   if step is None:
     raise FileNotFoundError(f"{workdir} has no checkpoint; train there first.")
-  key = cache_key(training_loader(experiment), experiment.model)
+  base = experiment.load_base()
+  key = cache_key(training_loader(experiment), experiment.model, fingerprint(base))
   check_run_config(experiment.config, workdir, key)
-  params = checkpoints.restore_params(step, nnx.state(experiment.model))
+  trained, frozen = split_trainable(base)
+  trained = checkpoints.restore_params(step, trained)
   checkpoints.close()
-  return params
+  return nnx.merge_state(trained, frozen)
 
 
 def _scorer(experiment: Experiment, name: str, params: nnx.State) -> Scorer:
   config = experiment.config
-  mesh = meshes.make_mesh(config.train.devices or None)
-  params = jax.device_put(params, meshes.param_shardings(params, mesh))
-  log_probs = scorer(
-    experiment.model, params, mesh, rows=config.eval.rows, chunk=config.train.head_chunk
+  log_probs = LogProbs(
+    experiment.model, params, experiment.mesh, config.eval.rows, config.train.head_chunk
   )
   # Whatever the condition it trains on, a policy is compared with what reads the whole persona.
   formatting = dataclasses.replace(experiment.formatting, condition="persona")

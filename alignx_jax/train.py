@@ -16,14 +16,13 @@ _EVALUATE = flags.DEFINE_bool("evaluate", True, "Evaluate after training.")
 def main(config, workdir):
   # Imported here, so that --help answers at once.
   from alignx_jax import experiment as experiments
-  from alignx_jax.evaluation.results import format_table, write_results
+  from alignx_jax.training import hosts
 
+  hosts.connect()
   experiment = experiments.load_experiment(config)
   result = experiments.run_training(experiment, workdir)
   if _EVALUATE.value:
-    results = experiments.evaluate_alone(experiment, result.params)
-    write_results(workdir / "results.json", results)
-    print(format_table(results))
+    experiments.report_results(workdir, experiments.evaluate_alone(experiment, result.params))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,27 @@ def get_config() -> ConfigDict:
   # A Hugging Face directory, a .gguf file, "package:NAME/FILE" inside an installed
   # package, or "preset:NAME" for random weights of a preset in models/presets.py.
   config.model.weights = ""
+  # Architecture that the weights must have, by name; `compile` then needs no weights.
+  config.model.preset = ""
   # "bytes", tokenizer.json, its directory or a .gguf; empty: beside the weights.
   config.model.tokenizer = ""
   config.model.param_dtype = "float32"
   config.model.compute_dtype = "float32"
   config.model.remat = True  # recompute each layer in the backward pass
+  config.model.attention = "auto"  # "splash", the TPU kernel; "dense"; "auto": by the device
+  config.model.attention_block = 1024  # positions that the kernel takes at a time
+
+  # Low-rank adapters on every projection, trained beside frozen weights.
+  config.lora = ConfigDict()
+  config.lora.rank = 0  # 0: all weights are trained
+  config.lora.alpha = 16.0  # changes are scaled by alpha / rank
+
+  # Devices along each axis; one may be 0, for all that are left (training/mesh.py).
+  config.mesh = ConfigDict()
+  config.mesh.replica = 1  # copies, a multiple of the slices
+  config.mesh.fsdp = 0  # rows and parameters
+  config.mesh.tensor = 1  # heads, feed-forward layer, vocabulary
+  config.mesh.context = 1  # positions of a row
 
   config.prompt = ConfigDict()
   config.prompt.chat = "chatml"  # personas/chat_formats.json
@@ -52,6 +68,9 @@ def get_config() -> ConfigDict:
   config.objective.beta = 0.1  # DPO's β, per nat
 
   config.reference = ConfigDict()
+  # "cached": log-probs computed once and kept; "online": computed in each step by the policy
+  # without its adapter (config.lora).
+  config.reference.kind = "cached"
   config.reference.directory = ""  # where reference log-probs are shared; empty: the workdir
 
   config.optimizer = ConfigDict()

@@ -54,6 +54,19 @@ def _scorer(examples=EXAMPLES, formatting=FORMATTING, **table):
   return scorer
 
 
+class _LogProbs:
+  """Scores that are a function of an example's index; of the rejected response the negative."""
+
+  own = slice(None)
+
+  def __init__(self, score):
+    self._score = score
+
+  def __call__(self, rows):
+    score_BE = self._score(np.maximum(rows.example_BE, 0).astype(np.float32))
+    return np.stack([score_BE, -score_BE], axis=1), rows.example_BE
+
+
 def _accuracies(results):
   return {(r["condition"], r["protocol"]): r["accuracy"] for r in results}
 
@@ -113,22 +126,24 @@ def test_pairs_that_were_refused_are_left_out_and_counted():
 def test_the_golden_row_is_of_the_records_with_labels(labelled):
   examples = [dataclasses.replace(e, directions=None) for e in EXAMPLES[labelled:]]
 
-  def log_probs(rows):
-    return np.zeros_like(rows.reference_BNE)
-
-  scorer = Scorer("zero", log_probs, [*EXAMPLES[:labelled], *examples], FORMATTING, rows=1)
+  scorer = Scorer(
+    "zero",
+    _LogProbs(lambda example_BE: 0 * example_BE),
+    [*EXAMPLES[:labelled], *examples],
+    FORMATTING,
+    rows=1,
+  )
   sizes = {r["condition"]: r["examples"] for r in evaluate_policy("pba", scorer, scorer)}
   golden = {"golden": labelled} if labelled else {}
   assert sizes == {"inferred": 5, "shuffled": 5, "none": 5} | golden
 
 
 def test_scores_come_back_in_the_order_of_the_examples():
-  def log_probs(rows):  # the number in the note is what makes the contexts differ
-    example_BE = np.maximum(rows.example_BE, 0).astype(np.float32)
-    return np.stack([example_BE, -example_BE], axis=1)
-
+  # The number in the note is what makes the contexts differ.
   examples = [_example(i, "yes " * (i % 3 + 1)) for i in range(20)]
-  scores = Scorer("index", log_probs, examples, FORMATTING, rows=2).score("persona")
+  scores = Scorer(
+    "index", _LogProbs(lambda example_BE: example_BE), examples, FORMATTING, rows=2
+  ).score("persona")
   np.testing.assert_array_equal(scores, [[i, -i] for i in range(20)])
 
 

@@ -101,7 +101,7 @@ def test_the_cache_key_follows_what_is_said(directory, config):
   def key(examples):
     loader = experiments.training_loader(experiment)
     loader.examples = examples
-    return cache_key(loader, experiment.model)
+    return cache_key(loader, experiment.model, "weights")
 
   splits = open_prepared(directory)
   assert key(splits["train"]) == key(pickle.loads(pickle.dumps(splits["train"])))

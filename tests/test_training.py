@@ -10,30 +10,17 @@ import pytest
 
 from alignx_jax import experiment as experiments
 from alignx_jax.personas import prompts
+from alignx_jax.training import mesh as meshes
 from alignx_jax.training import optimizer, reference
 from alignx_jax.training.metrics import read_metrics
 from configs import base
-
-
-def _record(i):
-  rng = np.random.default_rng(i)
-  words = lambda n: " ".join(rng.choice(["sun", "rain", "tea", "fog", "oak"], n))
-  directions = [0.5] * 90
-  directions[i % 90] = int(rng.integers(2))
-  item = {"prompt": words(1), "comment": words(2), "Preference Direction": directions}
-  return {
-    "prompt": f"post {i % 12}",
-    "chosen": words(2),
-    "rejected": words(3),
-    "Preference Direction": directions,
-    "User-Generated Content": [item, item],
-  }
+from tests.small_records import small_record
 
 
 @pytest.fixture
 def config(tmp_path):
   path = tmp_path / "records.json"
-  path.write_text(json.dumps([_record(i) for i in range(48)]))
+  path.write_text(json.dumps([small_record(i) for i in range(48)]))
   config = base.get_config()
   config.model.weights = "preset:tiny"
   config.data.path = str(path)
@@ -112,10 +99,13 @@ def test_reference_is_computed_once_for_all_runs_that_share_it(config, tmp_path,
     _run(config, tmp_path / "c")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(config, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(
+  config, tmp_path, monkeypatch
+):
+  load = experiments.load_params
+  broken = lambda *args: jax.tree.map(lambda x: x * np.nan, load(*args))
+  monkeypatch.setattr(experiments, "load_params", broken)
   experiment = experiments.load_experiment(config)
-  norm = experiment.model.final_norm_D
-  norm[...] = norm[...] * np.nan
   with pytest.raises(FloatingPointError, match="records.json:"):
     experiments.run_training(experiment, tmp_path / "run")
 
@@ -174,7 +164,7 @@ def test_a_run_is_not_resumed_or_evaluated_with_another_config(config, tmp_path)
 
 def test_a_run_is_not_resumed_with_other_records(config, tmp_path):
   _run(config, tmp_path / "run")
-  records = [_record(i) for i in range(48)]
+  records = [small_record(i) for i in range(48)]
   records[3]["chosen"] += " tea"
   Path(config.data.path).write_text(json.dumps(records))
   with pytest.raises(ValueError, match="the records or the base model's weights have changed"):
@@ -218,11 +208,25 @@ def test_warm_up_starts_above_zero_ends_at_the_peak_and_can_be_turned_off():
 def test_another_prompt_architecture_or_type_has_another_cache_key(config, monkeypatch):
   experiment = experiments.load_experiment(config)
   model, loader = experiment.model, experiments.training_loader(experiment)
-  keys = [reference.cache_key(loader, model)]
+  key = lambda weights="w": reference.cache_key(loader, model, weights)
+  keys = [key(), key("v")]
   model.arch = dataclasses.replace(model.arch, rope_theta=5.0)
-  keys.append(reference.cache_key(loader, model))
+  keys.append(key())
   model.compute_dtype = np.dtype("float16")
-  keys.append(reference.cache_key(loader, model))
+  keys.append(key())
   monkeypatch.setitem(prompts.prompt_format("default")["ica"], "system", "Be kind.")
-  keys.append(reference.cache_key(loader, model))
-  assert len(set(keys)) == 4
+  keys.append(key())
+  assert len(set(keys)) == 5
+
+
+def test_the_fingerprint_of_weights_follows_each_value_and_place_but_not_the_mesh():
+  values = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+  print_of = lambda x: reference.fingerprint({"x": jax.numpy.asarray(x)})
+  changed, swapped = values.copy(), values.copy()
+  changed[5, 3] = np.nextafter(changed[5, 3], 9, dtype=np.float32)
+  swapped[[0, 1]] = swapped[[1, 0]]
+  others = [changed, swapped, values.T, values.reshape(4, 6), values.astype(jax.numpy.bfloat16)]
+  assert len({print_of(x) for x in (values, *others)}) == 6
+  mesh = meshes.make_mesh(None, jax.devices()[:2])
+  split = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.P("fsdp")))
+  assert reference.fingerprint({"x": split}) == print_of(values)

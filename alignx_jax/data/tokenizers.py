@@ -126,6 +126,27 @@ class Tokenizer:
         parts.append(self._model.decode(list(run), skip_special_tokens=False))
     return "".join(parts)
 
+  def to_json(self) -> dict:
+    """What a `tokenizer.json` of this vocabulary holds, the special tokens back in it.
+
+    Readers of that format, but not `load_tokenizer`, find special tokens in any text.
+    """
+    spec = json.loads(self._model.to_str())
+    spec["model"]["vocab"] |= self.special_ids
+    spec["added_tokens"] = [
+      {
+        "id": id_,
+        "content": text,
+        "single_word": False,
+        "lstrip": text in self._strips_before,
+        "rstrip": text in self._strips_after,
+        "normalized": False,
+        "special": True,
+      }
+      for text, id_ in sorted(self.special_ids.items(), key=lambda item: item[1])
+    ]
+    return spec
+
 
 def find_file(name: str) -> pathlib.Path:
   """A path as given, or "package:NAME/FILE", a file of an installed package.

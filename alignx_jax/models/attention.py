@@ -12,6 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from alignx_jax.models.parallel import ROWS, axis_size, constrain
+
 
 def rotary_tables(positions_BL, architecture):
   """Cosine and sine of the rotary angles, float32 [B, L, A/2].
@@ -55,6 +57,10 @@ def packed_attention(q_BLHA, k_BLKA, v_BLKA, segments_BL, *, response: int, bloc
   Returns:
     Mixed values [B, L, H, A].
   """
+  if axis_size("context") > 1:
+    # Each device of the axis computes whole rows: right, but only the kernel saves by it.
+    gather = lambda x: constrain(x, ROWS, None, "tensor", None)
+    q_BLHA, k_BLKA, v_BLKA = gather(q_BLHA), gather(k_BLKA), gather(v_BLKA)
   B, L, H, A = q_BLHA.shape
   K = k_BLKA.shape[2]
   C, R = L - 2 * response, response

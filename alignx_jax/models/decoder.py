@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from alignx_jax.models.attention import packed_attention, rotary_tables, rotate
+from alignx_jax.models.parallel import ROWS, WIDTH, axis_size, constrain
 from alignx_jax.models.presets import Architecture
+from alignx_jax.models.splash import SAVED, splash_attention
 
 
 class Block(nnx.Module):
@@ -40,29 +42,42 @@ class Block(nnx.Module):
     self.up_DF = normal(D, F)
     self.down_FD = normal(F, D, scale=out_scale)
 
-  def __call__(self, x_BLD, *, arch: Architecture, tables, segments_BL, response: int):
-    """One layer (the leading axis scanned away): [B, L, D] to [B, L, D]."""
-    dtype = x_BLD.dtype
+  def __call__(self, x_BLD, *, arch: Architecture, attend, tables, segments_BL, response: int):
+    """One layer (the leading axis scanned away): [B, L, D] to [B, L, D].
+
+    Args:
+      attend: packed_attention or what computes the same.
+    """
 
     def weight(name):
-      return getattr(self, name)[...].astype(dtype)
+      return getattr(self, name)[...].astype(x_BLD.dtype)
+
+    def linear(x, name, inputs=1):
+      y = project(x, weight(name), inputs=inputs)
+      if hasattr(self, "lora_scale"):
+        low = project(x.reshape(*x.shape[:2], -1), weight(f"{name}_lora_a"))
+        change = project(low, weight(f"{name}_lora_b")).reshape(y.shape)
+        y += jnp.asarray(self.lora_scale, y.dtype) * change
+      return y
 
     def heads(x, name, bias):
-      y = project(x, weight(name))
-      return y + weight(bias) if arch.attention_bias else y
+      y = linear(x, name) + (weight(bias) if arch.attention_bias else 0)
+      return constrain(y, ROWS, "context", "tensor", None)
 
     normed = rms_norm(x_BLD, self.attention_norm_D[...], arch.norm_epsilon)
-    mixed_BLHA = packed_attention(
+    mixed_BLHA = attend(
       rotate(heads(normed, "q_DHA", "q_bias_HA"), tables),
       rotate(heads(normed, "k_DKA", "k_bias_KA"), tables),
       heads(normed, "v_DKA", "v_bias_KA"),
       segments_BL,
       response=response,
     )
-    x_BLD = x_BLD + project(mixed_BLHA, weight("o_HAD"), inputs=2)
+    mixed_BLHA = constrain(mixed_BLHA, ROWS, "context", "tensor", None)
+    x_BLD = constrain(x_BLD + linear(mixed_BLHA, "o_HAD", inputs=2), ROWS, "context", None)
     normed = rms_norm(x_BLD, self.mlp_norm_D[...], arch.norm_epsilon)
-    gated_BLF = jax.nn.silu(project(normed, weight("gate_DF"))) * project(normed, weight("up_DF"))
-    return x_BLD + project(gated_BLF, weight("down_FD"))
+    gated_BLF = jax.nn.silu(linear(normed, "gate_DF")) * linear(normed, "up_DF")
+    gated_BLF = constrain(gated_BLF, ROWS, "context", "tensor")
+    return constrain(x_BLD + linear(gated_BLF, "down_FD"), ROWS, "context", None)
 
 
 class Decoder(nnx.Module):
@@ -71,6 +86,8 @@ class Decoder(nnx.Module):
   Attributes:
     embedding_VD: the embedding table, also the head when `arch.tied`.
     head_VD: the untied head, absent when tied; read the head through `head`.
+    attention: "dense" (models/attention.py) or "splash", the TPU kernel.
+    block: query and key positions that the kernel takes at a time.
   """
 
   def __init__(
@@ -81,8 +98,13 @@ class Decoder(nnx.Module):
     param_dtype=jnp.float32,
     compute_dtype=jnp.float32,
     remat: bool = True,
+    attention: str = "dense",
+    block: int = 1024,
   ):
+    if attention not in ("dense", "splash"):
+      raise ValueError(f"No attention {attention!r}; config.model.attention is dense or splash.")
     self.arch = arch
+    self.attention, self.block = attention, block
     self.compute_dtype = jnp.dtype(compute_dtype)
     self.remat = remat
 
@@ -111,19 +133,28 @@ class Decoder(nnx.Module):
       response: R, the size of the two response regions at the row's end; 0 for a plain
         causal sequence.
     """
-    x_BLD = jnp.take(self.embedding_VD[...], tokens_BL, axis=0).astype(self.compute_dtype)
+    x_BLD = embed(tokens_BL, self.embedding_VD[...], self.compute_dtype)
     graph, layers = nnx.split(self.blocks)
+    # Cast before the scan gathers them: half the bytes to send.
+    layers = jax.tree.map(lambda x: x.astype(self.compute_dtype), layers)
+    attend = packed_attention
+    if self.attention == "splash":
+      attend = functools.partial(splash_attention, block_q=self.block, block_kv=self.block)
     apply = functools.partial(
       _apply_layer,
       graph,
       arch=self.arch,
+      attend=attend,
       tables=rotary_tables(positions_BL, self.arch),
       segments_BL=segments_BL,
       response=response,
     )
+    if self.remat:
+      policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+      apply = jax.checkpoint(apply, policy=policy)
     # A loop costs XLA's CPU backend a fifth of a shallow model's time: then unroll it.
     x_BLD, _ = jax.lax.scan(
-      jax.checkpoint(apply) if self.remat else apply,
+      apply,
       x_BLD,
       layers,
       unroll=self.arch.layers <= 4,
@@ -135,12 +166,27 @@ def _apply_layer(graph, x_BLD, layer, **kwargs):
   return nnx.merge(graph, layer)(x_BLD, **kwargs), None
 
 
-def project(x, weight, *, inputs: int = 1):
-  """Contracts the last `inputs` axes of x [B, L, …] with the first ones of the weight.
+def embed(tokens_BL, table_VD, dtype):
+  """Rows of the table [B, L, D].
 
-  As one matrix product over B · L tokens: with B and L apart, XLA's CPU backend
-  transposes the activations for every weight gradient, which doubles a layer's time.
+  Each device looks up all tokens in its part of the table's width, then the devices exchange
+  what they found: far less than to gather the table and to sum its gradients, which are
+  added up in the table's own type.
   """
+  tokens_BL = constrain(tokens_BL, "replica", None)
+  x_BLD = jnp.take(table_VD, tokens_BL, axis=0).astype(dtype)
+  x_BLD = constrain(x_BLD, "replica", None, WIDTH)
+  x_BLD = constrain(x_BLD, ROWS, None, "context")
+  return constrain(x_BLD, ROWS, "context", None)
+
+
+def project(x, weight, *, inputs: int = 1):
+  """Contracts the last `inputs` axes of x [B, L, …] with the first ones of the weight."""
+  if axis_size("context") > 1:  # B and L are split both: they cannot be one axis
+    axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
+    return jnp.tensordot(x, weight, axes)
+  # As one matrix product over B · L tokens: with B and L apart, XLA's CPU backend
+  # transposes the activations for every weight gradient, which doubles a layer's time.
   B, L = x.shape[:2]
   size = math.prod(weight.shape[:inputs])
   flat = x.reshape(B * L, size) @ weight.reshape(size, -1)

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from alignx_jax.models.parallel import ROWS, constrain
+
 
 def token_log_probs(hidden_BTD, head_VD, targets_BT, *, chunk: int = 128):
   """Log-probability in nats of each target, float32 [B, T].
@@ -20,7 +22,9 @@ def token_log_probs(hidden_BTD, head_VD, targets_BT, *, chunk: int = 128):
   targets = jnp.pad(targets_BT, ((0, 0), (0, padding)))
   hidden = hidden.reshape(B, -1, chunk, D).swapaxes(0, 1)
   targets = targets.reshape(B, -1, chunk).swapaxes(0, 1)
-  head_VD = head_VD.astype(hidden.dtype)
+  hidden = constrain(hidden, None, ROWS, "context", None)
+  # Gathered here, once, not for each chunk.
+  head_VD = constrain(head_VD.astype(hidden.dtype), "tensor", None)
   _, out = jax.lax.scan(functools.partial(_chunk_log_probs, head_VD), None, (hidden, targets))
   return out.swapaxes(0, 1).reshape(B, -1)[:, :T]
 
@@ -29,7 +33,9 @@ def token_log_probs(hidden_BTD, head_VD, targets_BT, *, chunk: int = 128):
 def _chunk_log_probs(head_VD, carry, chunk):
   hidden_BTD, targets_BT = chunk
   logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
-  picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  # Not take_along_axis, which would gather a vocabulary that is split over devices.
+  is_target_BTV = targets_BT[..., None] == jnp.arange(head_VD.shape[0])
+  picked_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
   return carry, picked_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
@@ -47,7 +53,7 @@ def response_log_probs(model, rows, *, chunk: int = 128):
   C = hidden_BLD.shape[1] - N * R
   # Chunks run along R with the branches side by side, so that every device of a mesh
   # that splits B works in every chunk.
-  hidden = hidden_BLD[:, C:].reshape(B * N, R, -1)
+  hidden = constrain(hidden_BLD[:, C:], ROWS, None, None).reshape(B * N, R, -1)
   log_probs = token_log_probs(hidden, model.head, rows.targets_BNR.reshape(B * N, R), chunk=chunk)
   segments_BNR = rows.segments_BL[:, C:].reshape(B, N, R)
   member_BNRE = segments_BNR[..., None] == jnp.arange(1, E + 1)

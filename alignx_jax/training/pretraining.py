@@ -26,8 +26,8 @@ from alignx_jax.objectives.log_probs import token_log_probs
 from alignx_jax.personas.prompts import text_of
 from alignx_jax.personas.simulator import simulate_document
 from alignx_jax.training.checkpoints import Checkpoints
-from alignx_jax.training.loop import TrainState
 from alignx_jax.training.metrics import MetricWriter, divide
+from alignx_jax.training.steps import TrainState
 
 
 def make_tokenizer(config, directory: Path) -> Tokenizer:

@@ -7,13 +7,13 @@ sweep that shares them shares the file, and none can take another's.
 import dataclasses
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from alignx_jax.data.loader import Loader
@@ -21,82 +21,147 @@ from alignx_jax.data.prepared import PreparedExamples
 from alignx_jax.data.rows import Rows
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.personas.prompts import chat_format, prompt_format
+from alignx_jax.training import hosts
+from alignx_jax.training import mesh as meshes
+from alignx_jax.training.steps import score_step
 
 
-def score_stream(
-  log_probs: Callable[[Rows], jax.Array], loader: Loader, *, describe: str
-) -> np.ndarray:
-  """Response log-probs of every example of a loader's stream.
+@dataclasses.dataclass(frozen=True)
+class LogProbs:
+  """What scores rows: a model's parameters on a mesh.
+
+  Scorers of the same architecture and sizes share one compiled program.
+
+  Attributes:
+    rows: of a global batch.
+    chunk: head positions at a time, see objectives.log_probs.
+  """
+
+  model: Decoder
+  params: nnx.State
+  mesh: Mesh
+  rows: int
+  chunk: int
+
+  @property
+  def own(self) -> slice:
+    """The rows of a batch that this process reads."""
+    return hosts.own_rows(meshes.rows_sharding(self.mesh, self.rows), self.rows)
+
+  def __call__(self, rows: Rows):
+    """Response log-probs [B, N, E] in nats, and the slots [B, E] they are of, of all rows.
+
+    Args:
+      rows: this process's rows of a batch.
+    """
+    rows = hosts.to_devices(rows, meshes.rows_sharding(self.mesh, self.rows))
+    graph = nnx.graphdef(self.model)
+    with jax.set_mesh(self.mesh):
+      return score_step(self.params, rows, graph=graph, mesh=self.mesh, chunk=self.chunk)
+
+
+def score_stream(log_probs: LogProbs, loader: Loader, *, describe: str) -> np.ndarray:
+  """Response log-probs of every example of a loader's stream, in every process.
 
   Args:
-    log_probs: Rows to [B, N, E] in nats.
+    log_probs: a LogProbs of batches of the loader's size.
     describe: what the progress bar says.
   Returns:
     float32 [slots, N], NaN where the example was refused.
   """
   scores = np.full((loader.stream.slots, 2), np.nan, np.float32)
 
-  def store(rows, value_BNE):
-    real_BE = rows.example_BE >= 0
-    scores[rows.example_BE[real_BE]] = np.asarray(value_BNE).swapaxes(1, 2)[real_BE]
+  def store(value_BNE, example_BE) -> int:
+    value_BNE, example_BE = np.asarray(value_BNE), np.asarray(example_BE)
+    real_BE = example_BE >= 0
+    scores[example_BE[real_BE]] = value_BNE.swapaxes(1, 2)[real_BE]
+    bar.update(int(real_BE.sum()))
+    return int(real_BE.sum())
 
-  with tqdm(total=loader.stream_length, desc=describe, unit="ex", mininterval=1.0) as bar:
+  # Where there are several processes none may stop before the others: they go on with empty
+  # rows until a whole batch is empty.
+  endless = jax.process_count() > 1
+  with tqdm(
+    total=loader.stream_length,
+    desc=describe,
+    unit="ex",
+    mininterval=1.0,
+    disable=not hosts.is_first(),
+  ) as bar:
     pending = None
-    for rows, _ in loader.batches():
+    for rows, _ in loader.batches(loader.start()[log_probs.own], endless=endless):
       # Dispatch this batch before waiting for the last one.
-      dispatched = (rows, log_probs(rows))
+      dispatched = log_probs(rows)
+      if pending is not None and not store(*pending) and endless:
+        break
+      pending = dispatched
+    else:
       if pending is not None:
         store(*pending)
-      pending = dispatched
-      bar.update(int((rows.example_BE >= 0).sum()))
-    if pending is not None:
-      store(*pending)
   loader.report_counts(describe)
   return scores
 
 
-def cached_reference(
-  log_probs: Callable[[Rows], jax.Array], loader: Loader, directory: Path, *, model: Decoder
-) -> np.ndarray:
-  """score_stream of the training data, read from `directory` if it is there.
+def cached_reference(log_probs: LogProbs, loader: Loader, directory, weights: str) -> np.ndarray:
+  """score_stream of the training data, read from `directory` if every process has it there.
 
   Where nothing is drawn every epoch is alike: then one is scored.
 
   Args:
-    model: the reference, whose `log_probs` these are.
+    log_probs: of the reference.
+    weights: fingerprint of its parameters.
   """
   if not loader.formatting.history.random:
     loader = dataclasses.replace(loader, epochs=1, seed=None, mixture=None)
-  path = directory / f"reference_{cache_key(loader, model)}.npy"
-  if path.exists():
-    return np.load(path, allow_pickle=False)
+  key = cache_key(loader, log_probs.model, weights)
+  path = epath.Path(directory) / f"reference_{key}.npy"
+  if hosts.all_true(path.exists()):
+    with path.open("rb") as file:
+      return np.load(file, allow_pickle=False)
   scores = score_stream(log_probs, loader, describe="reference")
-  directory.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=directory, suffix=".tmp", delete=False) as file:
-    np.save(file, scores)
-  os.replace(file.name, path)
+  _write(path, lambda file: np.save(file, scores))
   return scores
 
 
-def counted_steps(loader: Loader, directory: Path, *, model: Decoder) -> int:
-  """Batches in a loader's stream, counted once and then read from `directory`."""
-  path = directory / f"steps_{cache_key(loader, model)}_{loader.rows}_{loader.window}.txt"
-  if not path.exists():
+def counted_steps(loader: Loader, directory, own: slice, *, key: str) -> int:
+  """Batches in a loader's stream, counted once and then read from `directory`.
+
+  Args:
+    own: the rows of a batch that this process reads.
+    key: cache_key of the loader.
+  """
+  path = epath.Path(directory) / f"steps_{key}_{loader.rows}_{loader.window}.txt"
+  if not hosts.all_true(path.exists()):
+    steps = 0
     with tqdm(total=loader.stream_length, desc="counting steps", unit="ex", mininterval=1.0) as bar:
-      steps = 0
-      for rows, _ in loader.batches():
+      for rows, _ in loader.batches(loader.start()[own]):
         steps += 1
         bar.update(int((rows.example_BE >= 0).sum()))
     loader.report_counts("training")
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(f"{steps}\n", encoding="utf-8")
-    os.replace(partial, path)
-  return int(path.read_text(encoding="utf-8"))
+    steps = hosts.largest(steps)
+    _write(path, lambda file: file.write(f"{steps}\n".encode()))
+    return steps
+  return int(path.read_text())
 
 
-def cache_key(loader: Loader, model: Decoder) -> str:
-  """Hash of all that a stream's log-probs depend on: data, formatting, seed and model."""
+def _write(path, write) -> None:
+  """Atomically: where processes share the directory, the last of the same contents stays."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(f".{jax.process_index()}.{os.getpid()}.tmp")
+  with partial.open("wb") as file:
+    write(file)
+  partial.replace(path)
+
+
+# ------------------------------------------------------------------ what they depend on
+
+
+def cache_key(loader: Loader, model: Decoder, weights: str) -> str:
+  """Hash of all that a stream's log-probs depend on: data, formatting, seed and model.
+
+  Args:
+    weights: fingerprint of the reference's parameters.
+  """
   formatting = loader.formatting
   settings = (
     loader.seed,
@@ -111,6 +176,7 @@ def cache_key(loader: Loader, model: Decoder) -> str:
     formatting.history,
     model.arch,
     model.compute_dtype.name,
+    weights,
   )
   digest = hashlib.sha256(repr(settings).encode())
   if isinstance(loader.examples, PreparedExamples):
@@ -118,10 +184,33 @@ def cache_key(loader: Loader, model: Decoder) -> str:
   else:
     for example in loader.examples:
       digest.update(repr(_plain(example)).encode())
-  for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
-    digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-    digest.update(np.ascontiguousarray(leaf).tobytes())
   return digest.hexdigest()[:32]
+
+
+def fingerprint(params: nnx.State) -> str:
+  """Stands for the values of parameters, wherever and however split they lie."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path)
+    digest.update(f"{name} {leaf.shape} {leaf.dtype} {np.asarray(_checksum(leaf))}".encode())
+  return digest.hexdigest()[:32]
+
+
+@jax.jit
+def _checksum(x):
+  """Two sums over hashes of every element and its place; of integers, so in any order."""
+  bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+  place = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+
+  def mixed(seed):
+    h = (bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))) + jnp.uint32(seed)
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):
+      h = (h ^ (h >> 15)) * jnp.uint32(multiplier)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+  return jnp.stack([mixed(0), mixed(0x27D4EB2F)])
 
 
 def _plain(value):

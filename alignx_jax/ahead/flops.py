@@ -1,0 +1,126 @@
+"""FLOPs that training needs, and those that the splash kernels execute; by formula.
+
+A multiplication and an addition are two. Only matrix products are counted: norms, softmax,
+rotary positions and the loss are below a percent of them.
+"""
+
+import math
+from typing import Any
+
+from alignx_jax.data.rows import Regions
+from alignx_jax.models.presets import Architecture
+
+# Matrix products of one block of queries and keys in each kernel. Forward: q·k and p·v. dq: q·k,
+# do·v and ds·k. dkv: q·k, p·do, do·v and ds·q; when it gives dq as well, ds·k too.
+SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+FUSED_DKV_PRODUCTS = 5
+
+
+def forward_flops(arch: Architecture, regions: Regions, rows: int) -> float:
+  """FLOPs to score packed rows once.
+
+  Counts the decoder over all C + 2R positions, the head over the 2R response positions, and
+  what the static attention mask lets through: the context causally, each branch its whole
+  context region and itself causally. Segments and padding are ignored, so this is what full
+  rows of one example each need: an upper bound for rows of several.
+  """
+  return rows * _forward(arch, regions.context, regions.response, regions.response)
+
+
+def train_flops(
+  arch: Architecture, regions: Regions, rows: int, *, frozen: bool = False, online: bool = False
+) -> float:
+  """FLOPs of one step: the forward pass and, for the gradients, twice as much again.
+
+  Nothing is counted twice that a program recomputes to save memory.
+
+  Args:
+    rows: of the step, over all devices and parts.
+    frozen: no gradients of the weights, as with LoRA, whose factors are below a percent: a
+      weight's products are then made twice, not three times.
+    online: the reference is scored in the step: one more forward pass.
+  """
+  forward = forward_flops(arch, regions, rows)
+  attention = rows * _attention(arch, regions.context, regions.response, regions.response)
+  total = 3 * forward - (forward - attention if frozen else 0)
+  return total + (forward if online else 0)
+
+
+def example_flops(arch: Architecture, context: int, chosen: int, rejected: int) -> float:
+  """FLOPs to score one example alone, of so many tokens in each region, without padding.
+
+  The sum over a row's examples is what the row needs exactly; what it needs less than
+  `forward_flops` says goes to padding and to pairs of positions in different examples.
+  """
+  return _forward(arch, context, chosen, rejected)
+
+
+def _forward(arch: Architecture, context: int, chosen: int, rejected: int) -> float:
+  D, H, K, A, F = arch.width, arch.heads, arch.kv_heads, arch.head_width, arch.feed_forward
+  weights = D * H * A + 2 * D * K * A + H * A * D + 3 * D * F  # q; k and v; o; the three of an MLP
+  responses = chosen + rejected
+  layers = 2 * arch.layers * weights * (context + responses)
+  head = 2 * D * arch.vocab_size * responses
+  return layers + head + _attention(arch, context, chosen, rejected)
+
+
+def _attention(arch: Architecture, context: int, chosen: int, rejected: int) -> float:
+  """Scores and mixtures of all pairs of positions that see each other."""
+
+  def causal(size):
+    return size * (size + 1) / 2
+
+  pairs = causal(context)
+  for response in (chosen, rejected):
+    pairs += response * context + causal(response)
+  return 4 * arch.layers * arch.heads * arch.head_width * pairs
+
+
+def splash_flops(
+  mask: Any, blocks: Any, *, rows: int, heads: int, head_width: int, query_shards: int = 1
+) -> dict[str, float]:
+  """FLOPs that one call of each splash kernel executes on one device.
+
+  The kernels make all products of every block of the mask that is not empty, of its segments
+  and its masked half too. Counted from jax/experimental/pallas/ops/tpu/splash_attention.
+
+  Args:
+    mask: [queries, keys], True where a query sees a key, the same for all heads; anything
+      that gives rows when indexed [a:b, :], such as a splash Mask.
+    blocks: splash BlockSizes.
+    rows, heads: those on one device.
+    query_shards: devices that the queries are split over in equal parts; all wait for the one
+      that has most blocks.
+  Returns:
+    By kernel: "fwd", "dq" and "dkv"; no "dq" if the backward pass is fused, and neither if
+    the blocks have no backward sizes.
+  """
+  sizes = {"fwd": (blocks.block_q, blocks.block_kv)}
+  products = dict(SPLASH_PRODUCTS)
+  if blocks.use_fused_bwd_kernel:
+    products["dkv"] = FUSED_DKV_PRODUCTS
+  elif blocks.block_q_dq:
+    sizes["dq"] = (blocks.block_q_dq, blocks.block_kv_dq)
+  if blocks.block_q_dkv:
+    sizes["dkv"] = (blocks.block_q_dkv, blocks.block_kv_dkv)
+  return {
+    kernel: 2.0
+    * products[kernel]
+    * rows
+    * heads
+    * head_width
+    * math.prod(size)
+    * filled_blocks(mask, *size, shards=query_shards)
+    for kernel, size in sizes.items()
+  }
+
+
+def filled_blocks(mask: Any, block_q: int, block_kv: int, *, shards: int = 1) -> int:
+  """Blocks of a mask in which some query sees some key; of the shard that has most."""
+  queries, keys = mask.shape
+  counts = [0] * shards
+  for start in range(0, queries, block_q):
+    seen = mask[start : start + block_q, :].any(axis=0)
+    shard = start // (queries // shards)
+    counts[shard] += sum(seen[at : at + block_kv].any() for at in range(0, keys, block_kv))
+  return int(max(counts))

@@ -1,0 +1,259 @@
+"""Programs compiled for TPUs that are not there, and what is told of them."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from alignx_jax.ahead import hlo
+from alignx_jax.ahead.advice import advise
+from alignx_jax.ahead.chips import CHIPS, GIB, Topology, parse_topology
+from alignx_jax.ahead.compiling import compile_programs
+from alignx_jax.ahead.costs import Collective, Costs
+from alignx_jax.ahead.report import (
+  ALIGNX_EXAMPLES,
+  Work,
+  ici_seconds,
+  make_report,
+  out_of_memory_report,
+  table,
+)
+from alignx_jax.data.rows import Regions
+from alignx_jax.models.presets import get_architecture
+from configs import base
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def tiny(**mesh):
+  config = base.get_config()
+  config.model.preset = "tiny8"
+  config.model.compute_dtype = "bfloat16"
+  config.regions.context, config.regions.response, config.regions.examples = 256, 128, 4
+  config.train.rows, config.train.accumulation, config.eval.rows = 8, 2, 8
+  config.train.head_chunk = 32
+  config.mesh.update(mesh)
+  return config
+
+
+# ------------------------------------------------------------------ whole programs
+
+
+def test_the_command_prints_and_writes_what_the_three_programs_cost(tmp_path):
+  changes = [
+    "model.preset=tiny8",
+    "model.compute_dtype=bfloat16",
+    "regions.context=256",
+    "regions.response=128",
+    "regions.examples=4",
+    "train.head_chunk=32",
+    "eval.rows=4",
+  ]
+  command = [sys.executable, "-m", "alignx_jax.compile", "--config=configs/base.py"]
+  command += [f"--workdir={tmp_path}", "--topology=v5e:2x2", "--save_text", "--examples_per_row=3"]
+  command += [f"--config.{change}" for change in changes]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+  assert done.returncode == 0, done.stderr
+  for word in ("train on v5e:2x2", "reference on", "evaluation on", "to spare", "chip-hours"):
+    assert word in done.stdout
+  told = json.loads((tmp_path / "compile.json").read_text())
+  assert told["fits"] is True
+  assert told["examples_per_step"] == 8 * 3
+  assert 0 < told["hbm_gib_per_chip"] < 1
+  assert told["executed_over_needed_flops"] > 1
+  assert 0 < told["estimated_step_seconds"] <= told["estimated_step_seconds_serial"]
+  assert 0 < told["estimated_mfu"] < 1
+  assert list(told["programs"]) == ["train", "reference", "evaluation"]
+  assert told["programs"]["train"]["executed_flops_per_chip"] == told["executed_flops_per_chip"]
+  text = (tmp_path / "train.hlo.txt").read_text()
+  # Two rows on each chip; the logits of a whole response region are never there at once.
+  arch = get_architecture("tiny8")
+  assert hlo.has_shape(text, (2, 512, arch.width))
+  assert not hlo.has_shape(text, (4, 128, arch.vocab_size))
+
+
+@pytest.fixture(scope="module")
+def whole():
+  """Reports where rows alone are split."""
+  return compile_programs(tiny(), parse_topology("v5e:2x2"))
+
+
+@pytest.mark.parametrize("mesh", [{"tensor": 2}, {"context": 2}])
+def test_heads_and_positions_that_are_split_split_the_work(whole, mesh):
+  reports = compile_programs(tiny(**mesh), parse_topology("v5e:2x2"))
+  assert reports["train"]["needed_flops_per_chip"] == whole["train"]["needed_flops_per_chip"]
+  ratio = reports["train"]["executed_flops_per_chip"] / whole["train"]["executed_flops_per_chip"]
+  assert 0.7 < ratio < 1.5
+  assert sum(reports["train"]["kernel_calls"].values()) >= 3 * get_architecture("tiny8").layers
+
+
+def test_slices_exchange_gradients_over_the_data_centre_network():
+  config = tiny(replica=2)
+  config.train.rows = 16
+  reports = compile_programs(config, parse_topology("v5e:2x2", slices=2))
+  assert reports["train"]["chips"] == 8
+  assert reports["train"]["dcn_bytes_sent"] > 0
+  assert reports["reference"]["dcn_bytes_sent"] < reports["train"]["dcn_bytes_sent"]
+  assert "2 × v5e:2x2" in table(reports["train"])
+
+
+def test_what_is_too_big_is_told_with_what_would_help():
+  config = tiny()
+  config.train.rows, config.train.accumulation = 32768, 1
+  reports = compile_programs(config, parse_topology("v5e:2x2"))
+  train = reports["train"]
+  assert not train["fits"] and train["hbm_gib_per_chip"] > 15.75
+  assert "too much" in table(train)
+  assert train["advice"][0]["change"] == {"config.train.accumulation": 2}
+  assert train["advice"][0]["saves_gib"] > 1
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+  command = [sys.executable, "-m", "alignx_jax.compile", "--config=configs/base.py"]
+  command += [f"--workdir={tmp_path}", "--topology=v9:2x2"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 1
+  assert done.stderr.strip().splitlines()[-1].startswith("Error: No chip 'v9'")
+
+
+# ------------------------------------------------------------------ the report's arithmetic
+
+CHIP = CHIPS["v5e"]
+DEVICES = [SimpleNamespace(coords=[i % 4, i // 4, 0]) for i in range(16)]
+TOPOLOGY = Topology("v5e:4x4", CHIP, (4, 4), (False, False), 1, tuple(DEVICES))
+
+
+def memory(arguments=1, temporaries=2, peak=3):
+  sizes = {"argument": arguments, "output": 1, "alias": 1, "temp": temporaries}
+  sizes = {f"{kind}_size_in_bytes": size * GIB for kind, size in sizes.items()}
+  return SimpleNamespace(
+    **sizes, generated_code_size_in_bytes=GIB // 2, peak_memory_in_bytes=peak * GIB
+  )
+
+
+def report(costs, *, kernels=None, needed=16 * 197e12 / 4, **sizes):
+  return make_report(
+    "train",
+    topology=TOPOLOGY,
+    devices=DEVICES,
+    memory=memory(**sizes),
+    costs=costs,
+    work=Work(needed, kernels or {}, examples=100, tokens=4000),
+  )
+
+
+def test_the_largest_bound_is_the_step():
+  costs = Costs(flops=197e12 / 2, cycles=1.5e9, hbm_bytes=819e9 / 4, dcn_bytes=3.125e9 / 10)
+  found = report(costs)
+  assert found["estimated_seconds"] == pytest.approx(
+    {"flops": 0.5, "hbm": 0.25, "ici": 0, "dcn": 0.1, "cycles": 1.0}
+  )
+  assert found["estimated_step_seconds"] == pytest.approx(0.5)
+  assert found["estimated_step_seconds_serial"] == pytest.approx(1.1)
+  assert found["executed_over_needed_flops"] == pytest.approx(2)
+  assert found["estimated_mfu"] == pytest.approx(0.5)
+  assert found["estimated_examples_per_second"] == pytest.approx(200)
+  hours = ALIGNX_EXAMPLES / 200 * 16 / 3600
+  assert found["estimated_alignx_chip_hours"] == pytest.approx(hours)
+  json.dumps(found)  # plain numbers
+  assert f"{hours:.1f} chip-hours" in table(found)
+
+
+def test_kernels_add_their_flops_and_unknown_ones_are_refused():
+  costs = Costs(flops=1e12, kernels=Counter({"splash_mha_dq_segmented": 3, "splash_mha_fwd": 2}))
+  found = report(costs, kernels={"fwd": 1e12, "dq": 2e12, "dkv": 5e12})
+  assert found["executed_flops_per_chip"] == 1e12 + 2 * 1e12 + 3 * 2e12
+  with pytest.raises(ValueError, match="'splash_mha_dq_segmented' are not told"):
+    report(costs, kernels={"fwd": 1e12})
+
+
+def test_memory_is_the_peak_and_the_code():
+  assert report(Costs(flops=1))["hbm_gib_per_chip"] == 3.5
+  assert report(Costs(flops=1))["fits"]
+  assert not report(Costs(flops=1), peak=15.5)["fits"]
+  assert "0.25 too much" in table(report(Costs(flops=1), peak=15.5))
+
+
+def test_links_that_a_group_can_use_decide_how_long_its_exchange_takes():
+  def seconds(topology, devices, groups, kind="all-gather", size=1e9):
+    return ici_seconds({Collective(kind, int(size), groups): 1}, topology, devices)
+
+  row, column = ((0, 1, 2, 3),), ((0, 4, 8, 12),)
+  # A line of four: three quarters through the one link at its end.
+  assert seconds(TOPOLOGY, DEVICES, row) == pytest.approx(0.75 / 50)
+  assert seconds(TOPOLOGY, DEVICES, column, "all-reduce") == pytest.approx(1.5 / 50)
+  # Both axes of the grid.
+  assert seconds(TOPOLOGY, DEVICES, (tuple(range(16)),)) == pytest.approx(15 / 16 / 100)
+  pairs = ((0, 1), (1, 0))
+  assert seconds(TOPOLOGY, DEVICES, pairs, "collective-permute") == pytest.approx(1 / 50)
+  ring = [SimpleNamespace(coords=[i, 0, 0]) for i in range(16)]
+  topology = dataclasses.replace(TOPOLOGY, shape=(16, 16), wrap=(True, True))
+  assert seconds(topology, ring, (tuple(range(16)),)) == pytest.approx(15 / 16 / 100)
+
+
+def test_permutes_in_opposite_directions_share_no_link():
+  around = tuple((i, (i + 1) % 4) for i in range(4))
+  back = tuple(pair[::-1] for pair in around)
+  moves = [Collective("collective-permute", 10**9, groups) for groups in (around, back)]
+  one_way = ici_seconds({moves[0]: 3}, TOPOLOGY, DEVICES)
+  assert one_way == pytest.approx(3 / 50)
+  assert ici_seconds({moves[0]: 3, moves[1]: 3}, TOPOLOGY, DEVICES) == pytest.approx(one_way)
+  assert ici_seconds({moves[0]: 3, moves[1]: 4}, TOPOLOGY, DEVICES) == pytest.approx(4 / 50)
+
+
+def test_a_refusal_by_the_compiler_is_read_or_passed_on():
+  message = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(50.28G) exceeds available HBM (15.75G)."
+  )
+  found = out_of_memory_report("train", message, topology=TOPOLOGY)
+  assert (found["fits"], found["hbm_gib_per_chip"]) == (False, 50.28)
+  for other in ("INTERNAL: no", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"):
+    with pytest.raises(ValueError, match=other):
+      out_of_memory_report("train", other, topology=TOPOLOGY)
+
+
+# ------------------------------------------------------------------ advice
+
+
+def advice(mesh, **fields):
+  config = base.get_config()
+  config.model.compute_dtype = "bfloat16"
+  config.train.rows = 64
+  config.update_from_flattened_dict(fields)
+  refused = {"fits": False, "chips": 64}
+  shape = {"replica": 1, "fsdp": 64, "tensor": 1, "context": 1} | mesh
+  arch = get_architecture("llama31_8b")
+  found = advise(refused, config, arch, Regions(6144, 1024, 16), shape)
+  return {tuple(item["change"]): item["saves_gib"] for item in found}
+
+
+def test_what_fits_needs_no_advice():
+  config, arch = base.get_config(), get_architecture("tiny8")
+  assert advise({"fits": True}, config, arch, Regions(1, 1, 1), {}) == []
+
+
+def test_rows_are_taken_in_parts_while_there_are_several():
+  several, one = advice({}, **{"train.rows": 256}), advice({})
+  assert ("config.train.accumulation",) in several
+  assert ("config.train.accumulation",) not in one
+  split = ("config.mesh.fsdp", "config.train.accumulation", "config.mesh.context")
+  assert split in one and split not in several
+  # The residual stream of 32 layers, a row of 8,192 positions of 4,096 in two bytes: 2 GiB.
+  assert 1 < one[split] < 2
+
+
+def test_the_sizes_named_are_those_of_the_model():
+  found = advice({}, **{"model.remat": False})
+  # 31 layers keep about 1 GiB each.
+  assert found[("config.model.remat",)] == max(found.values()) > 15
+  # 8.03e9 parameters over 64 chips, two bytes less each.
+  assert found[("config.model.param_dtype",)] == pytest.approx(8.03e9 / 64 * 2 / GIB, rel=0.02)
+  # Parameters, two moments and a gradient of four bytes.
+  assert found[("chips",)] == pytest.approx(8.03e9 / 64 * 16 / GIB / 2, rel=0.02)
