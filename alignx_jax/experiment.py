@@ -26,7 +26,7 @@ from alignx_jax.evaluation.accuracy import (
 from alignx_jax.evaluation.results import format_table, write_results
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import add_lora, split_trainable
-from alignx_jax.models.presets import get_architecture
+from alignx_jax.models.presets import Architecture, get_architecture
 from alignx_jax.models.pretrained import load_decoder, read_architecture
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.preferences import PreferenceSpace, alignx_space
@@ -86,11 +86,17 @@ def load_experiment(config) -> Experiment:
       f"{' or '.join(OBJECTIVES)}."
     )
   mesh = _make_mesh(config)
-  _check_sizes(config, mesh)
+  check_sizes(config, mesh)
   tokenizer, model = load_tokenizer_and_model(config, platform=mesh.devices.flat[0].platform)
   meshes.param_shardings(nnx.state(model), mesh)  # raises where sizes do not divide
   space = _space(config)
   splits = load_splits(config.data, space, seed=config.seed)
+  formatting = make_formatting(config, tokenizer, space)
+  return Experiment(config, model, mesh, formatting, splits["train"], splits["test"])
+
+
+def make_formatting(config, tokenizer: Tokenizer, space: PreferenceSpace) -> Formatting:
+  """How a config's examples become token ids when its policy is trained."""
   formatting = Formatting(
     tokenizer=tokenizer,
     space=space,
@@ -100,9 +106,7 @@ def load_experiment(config) -> Experiment:
     condition=OBJECTIVES[config.objective.name],
     history=HistoryPolicy(**config.history),
   )
-  return Experiment(
-    config, model, mesh, _with_regions(config, formatting), splits["train"], splits["test"]
-  )
+  return _with_regions(config, formatting)
 
 
 def _space(config) -> PreferenceSpace:
@@ -127,7 +131,7 @@ def _make_mesh(config) -> Mesh:
   return meshes.make_mesh(config.mesh, jax.devices()[:count])
 
 
-def _check_sizes(config, mesh: Mesh) -> None:
+def check_sizes(config, mesh: Mesh) -> None:
   """Raises ValueError, naming the field, on what would fail late or oddly."""
   shards = meshes.row_shards(mesh)
   for field, rows in (("train.rows", config.train.rows), ("eval.rows", config.eval.rows)):
@@ -200,6 +204,32 @@ def load_params(config, model: Decoder, mesh: Mesh) -> nnx.State:
   return nnx.merge_state(base, initial(lambda state: split_trainable(state)[0]))
 
 
+def architecture(config, *, weights: bool = False) -> Architecture:
+  """The architecture of config.model, by config.model.preset or from the weights' files.
+
+  Args:
+    weights: look at the weights' files even if there is a preset.
+  Raises:
+    ValueError: neither is set, or they are not the same.
+  """
+  preset, source = config.model.preset, config.model.weights
+  if source.startswith("preset:"):
+    return get_architecture(source.removeprefix("preset:"))
+  if preset and not weights:
+    return get_architecture(preset)
+  if not source:
+    raise ValueError("Set config.model.preset, or config.model.weights to a model that is there.")
+  arch = read_architecture(find_file(source))
+  if preset and arch != (named := get_architecture(preset)):
+    names = [field.name for field in dataclasses.fields(arch)]
+    differ = [name for name in names if getattr(arch, name) != getattr(named, name)]
+    raise ValueError(
+      f"{source} is no {preset!r}: it differs in {', '.join(differ)}; change config.model.preset "
+      "or empty it."
+    )
+  return arch
+
+
 def load_tokenizer_and_model(config, *, platform: str = "cpu") -> tuple[Tokenizer, Decoder]:
   """The tokenizer of config.model and the base model, shapes alone.
 
@@ -209,19 +239,8 @@ def load_tokenizer_and_model(config, *, platform: str = "cpu") -> tuple[Tokenize
   weights = config.model.weights
   if not weights:
     raise ValueError("config.model.weights is empty; set it to a model or 'preset:NAME'.")
-  if weights.startswith("preset:"):
-    arch = get_architecture(weights.removeprefix("preset:"))
-    beside = "bytes"
-  else:
-    beside = find_file(weights)
-    arch = read_architecture(beside)
-    if config.model.preset and arch != (named := get_architecture(config.model.preset)):
-      names = [field.name for field in dataclasses.fields(arch)]
-      differ = [name for name in names if getattr(arch, name) != getattr(named, name)]
-      raise ValueError(
-        f"{weights} is no {config.model.preset!r}: it differs in {', '.join(differ)}; change "
-        "config.model.preset or empty it."
-      )
+  arch = architecture(config, weights=True)
+  beside = "bytes" if weights.startswith("preset:") else find_file(weights)
   model = abstract_model(config, arch, platform=platform)
   tokenizer = load_tokenizer(config.model.tokenizer or beside)
   # Models pad their vocabulary a little; one much larger belongs to another tokenizer.

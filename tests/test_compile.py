@@ -110,8 +110,11 @@ def test_what_is_too_big_is_told_with_what_would_help():
   train = reports["train"]
   assert not train["fits"] and train["hbm_gib_per_chip"] > 15.75
   assert "too much" in table(train)
-  assert train["advice"][0]["change"] == {"config.train.accumulation": 2}
-  assert train["advice"][0]["saves_gib"] > 1
+  parts = train["advice"][0]["change"]["config.train.accumulation"]
+  assert parts > 1 and train["advice"][0]["saves_gib"] > 1
+  config.train.accumulation = parts
+  fewer = compile_programs(config, parse_topology("v5e:2x2"))["train"]
+  assert fewer["hbm_gib_per_chip"] < train["hbm_gib_per_chip"]
 
 
 def test_mistakes_are_one_sentence(tmp_path):
@@ -227,7 +230,7 @@ def advice(mesh, **fields):
   config.model.compute_dtype = "bfloat16"
   config.train.rows = 64
   config.update_from_flattened_dict(fields)
-  refused = {"fits": False, "chips": 64}
+  refused = {"fits": False, "chips": 64, "hbm_gib_per_chip": 20.0, "hbm_gib_available": 15.75}
   shape = {"replica": 1, "fsdp": 64, "tensor": 1, "context": 1} | mesh
   arch = get_architecture("llama31_8b")
   found = advise(refused, config, arch, Regions(6144, 1024, 16), shape)
@@ -257,3 +260,36 @@ def test_the_sizes_named_are_those_of_the_model():
   assert found[("config.model.param_dtype",)] == pytest.approx(8.03e9 / 64 * 2 / GIB, rel=0.02)
   # Parameters, two moments and a gradient of four bytes.
   assert found[("chips",)] == pytest.approx(8.03e9 / 64 * 16 / GIB / 2, rel=0.02)
+
+
+# ------------------------------------------------------------------ the real thing
+
+
+@pytest.mark.slow
+def test_llama_8b_fits_and_holds_neither_whole_parameters_nor_whole_logits(tmp_path):
+  from configs import ica_llama31_8b
+
+  config = ica_llama31_8b.get_config()
+  topology = parse_topology("v5e:8x8")
+  train = compile_programs(config, topology, examples_per_row=4, texts=tmp_path)["train"]
+  assert train["fits"] and train["executed_over_needed_flops"] <= 1.4
+  assert train["examples_per_step"] == 128
+  arch = get_architecture(config.model.preset)
+  D, F, V, L = arch.width, arch.feed_forward, arch.vocab_size, arch.layers
+  H, K, A = arch.heads, arch.kv_heads, arch.head_width
+  matrices = [(D, H * A), (D, K * A), (D, F), (V, D)]
+  heads = [(D, H, A), (D, K, A), (H, A, D)]
+  matrices += [shape[::-1] for shape in matrices]
+  whole = {*matrices, *heads, *((L, *shape) for shape in (*matrices, *heads))}
+  responses = 2 * config.regions.response
+  for name in ("train", "reference"):
+    text = (tmp_path / f"{name}.hlo.txt").read_text()
+    shapes = {tuple(n for n in a.shape if n > 1) for a, _ in hlo.stored_arrays(text)}
+    assert len(shapes) > 50
+    assert not shapes & whole
+    # Of a row's responses, on a device that holds a half of the vocabulary.
+    assert not any(
+      V // 2 in shape and max(n for n in (*shape, 0) if n != V // 2) >= responses
+      for shape in shapes
+      if D not in shape
+    )

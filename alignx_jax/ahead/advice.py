@@ -75,6 +75,7 @@ def advise(
   rows = config.train.rows // (mesh["replica"] * mesh["fsdp"])
   part = rows // config.train.accumulation
   halves = (size.residuals + size.layer + size.logits) / 2
+  over = report["hbm_gib_per_chip"] - report["hbm_gib_available"]
   fewer = {"config.mesh.fsdp": mesh["fsdp"] // 2}
   more = {"config.train.accumulation": 2 * config.train.accumulation}
   found = []
@@ -89,7 +90,14 @@ def advise(
       "layers are computed again in the backward pass, a third more time, not kept",
     )
   if part > 1 and part % 2 == 0:
-    suggest(more, halves, "a device holds half as many rows at a time, the update is the same")
+    parts = 2
+    while 2 * halves * (1 - 1 / parts) < over and part % (2 * parts) == 0:
+      parts *= 2
+    suggest(
+      {"config.train.accumulation": parts * config.train.accumulation},
+      2 * halves * (1 - 1 / parts),
+      f"a device holds {part // parts} rows at a time, not {part}; the update is the same",
+    )
   elif mesh["fsdp"] % 2 == 0:
     suggest(
       fewer | more | {"config.mesh.context": 2 * mesh["context"]},

@@ -13,19 +13,14 @@ from alignx_jax.ahead.advice import advise
 from alignx_jax.ahead.chips import Topology
 from alignx_jax.ahead.costs import program_costs
 from alignx_jax.ahead.report import Work, make_report, out_of_memory_report
-from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.prepared import prepared_space
-from alignx_jax.data.proposals import proposed_regions
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import find_file, load_tokenizer
 from alignx_jax.models.decoder import Decoder
-from alignx_jax.models.presets import Architecture, get_architecture
-from alignx_jax.models.pretrained import read_architecture
-from alignx_jax.models.splash import PackedMask, _blocks
-from alignx_jax.personas.persona import HistoryPolicy
+from alignx_jax.models.splash import plan
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.optimizer import make_optimizer
-from alignx_jax.training.steps import make_steps, param_shapes, row_shapes, score_step
+from alignx_jax.training.steps import make_steps, param_shapes, row_shapes, score_program
 
 
 def compile_programs(
@@ -45,8 +40,8 @@ def compile_programs(
     ValueError: sizes that do not go together; names the fields.
   """
   mesh = meshes.make_mesh(config.mesh, topology.devices)
-  experiments._check_sizes(config, mesh)
-  arch = architecture(config)
+  experiments.check_sizes(config, mesh)
+  arch = experiments.architecture(config)
   model = experiments.abstract_model(config, arch, platform="tpu")
   regions = regions_of(config)
   examples_per_row = examples_per_row or regions.examples
@@ -89,13 +84,8 @@ def compile_programs(
   found = {"train": report("train", lower, needed, rows, config.train.accumulation, train=True)}
 
   def score(name, rows):
-    lower = lambda: score_step.lower(
-      param_shapes(model, mesh),
-      row_shapes(regions, rows, mesh),
-      graph=nnx.graphdef(model),
-      mesh=mesh,
-      chunk=config.train.head_chunk,
-    )
+    program = score_program(nnx.graphdef(model), mesh, config.train.head_chunk)
+    lower = lambda: program.lower(param_shapes(model, mesh), row_shapes(regions, rows, mesh))
     return report(name, lower, flops.forward_flops(arch, regions, rows), rows, 1)
 
   if not online:
@@ -110,33 +100,12 @@ def compile_programs(
   return found
 
 
-def architecture(config: Any) -> Architecture:
-  """The architecture of config.model, by its name or from the files of the weights."""
-  if config.model.preset:
-    return get_architecture(config.model.preset)
-  weights = config.model.weights
-  if not weights:
-    raise ValueError("Set config.model.preset, or config.model.weights to a model that is there.")
-  if weights.startswith("preset:"):
-    return get_architecture(weights.removeprefix("preset:"))
-  return read_architecture(find_file(weights))
-
-
 def regions_of(config: Any) -> Regions:
   """The sizes of config.regions, or those proposed for its data, tokenizer and prompts."""
-  regions = Regions(config.regions.context, config.regions.response, config.regions.examples)
   if not config.regions.layout:
-    return regions
-  formatting = Formatting(
-    tokenizer=load_tokenizer(config.model.tokenizer or find_file(config.model.weights)),
-    space=prepared_space(config.data.path),
-    regions=regions,
-    chat=config.prompt.chat,
-    prompt=config.prompt.format,
-    condition=experiments.OBJECTIVES[config.objective.name],
-    history=HistoryPolicy(**config.history),
-  )
-  return proposed_regions(config.data.path, formatting, config.regions.layout)
+    return Regions(config.regions.context, config.regions.response, config.regions.examples)
+  tokenizer = load_tokenizer(config.model.tokenizer or find_file(config.model.weights))
+  return experiments.make_formatting(config, tokenizer, prepared_space(config.data.path)).regions
 
 
 def kernel_flops(model: Decoder, regions: Regions, rows: int, mesh: Mesh) -> dict[str, float]:
@@ -147,25 +116,17 @@ def kernel_flops(model: Decoder, regions: Regions, rows: int, mesh: Mesh) -> dic
   """
   if model.attention != "splash":
     return {}
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
-  shards, L = mesh.shape["context"], regions.layout
-  queries, halves = L // shards, 1 if shards == 1 else 2
-  block_q, piece = _blocks("block_q", model.block, -(-queries // halves))
-  block_kv, keys = _blocks("block_kv", model.block, L)
-  mask = PackedMask(
-    regions.context,
-    regions.context + regions.response,
-    queries=queries,
-    padded=piece * halves,
-    keys=keys,
+  shards = mesh.shape["context"]
+  mask, sizes = plan(
+    regions.layout,
+    regions.response,
     shards=shards,
+    block_q=model.block,
+    block_kv=model.block,
   )
-  sizes = {f"block_q{kernel}": block_q for kernel in ("", "_dq", "_dkv")}
-  sizes |= {name.replace("_q", "_kv", 1): block_kv for name in sizes}
   return flops.splash_flops(
     mask,
-    splash.BlockSizes(**sizes),
+    sizes,
     rows=rows // meshes.row_shards(mesh),
     heads=model.arch.heads // mesh.shape["tensor"],
     head_width=model.arch.head_width,

@@ -138,26 +138,13 @@ def splash_attention(
   _check_divides(mesh, context, L, "positions of a row")
   shards = mesh.shape.get("context", 1)
 
-  queries = L // shards
-  # Blocks do not straddle the two pieces of a shard, which see different keys.
-  halves = 1 if shards == 1 else 2
-  block_q, piece = _blocks("block_q", block_q, -(-queries // halves))
-  block_kv, keys = _blocks("block_kv", block_kv, L)
-  mask = PackedMask(
-    L - 2 * response, L - response, queries=queries, padded=piece * halves, keys=keys, shards=shards
-  )
+  mask, sizes = plan(L, response, shards=shards, block_q=block_q, block_kv=block_kv)
+  queries, keys = mask.queries, mask.keys
   kernel = splash.make_splash_mha(
     MultiHeadMask([mask] * H),
     head_shards=mesh.shape.get("tensor", 1),
     q_seq_shards=shards,
-    block_sizes=splash.BlockSizes(
-      block_q=block_q,
-      block_kv=block_kv,
-      block_q_dq=block_q,
-      block_kv_dq=block_kv,
-      block_q_dkv=block_q,
-      block_kv_dkv=block_kv,
-    ),
+    block_sizes=sizes,
     interpret=interpret,
     residual_checkpoint_name=SAVED,
   )
@@ -194,6 +181,34 @@ def splash_attention(
     out_specs=spec,
     check_vma=False,
   )(kernel, q_BLHA, k_BLKA, v_BLKA, segments_BL)
+
+
+def plan(
+  L: int, response: int, *, shards: int, block_q: int, block_kv: int
+) -> tuple[PackedMask, splash.BlockSizes]:
+  """What a row of L positions asks of the kernels: the mask of one head, and the blocks.
+
+  Args:
+    shards: context shards.
+    block_q, block_kv: the most queries and keys of a block.
+  """
+  queries = L // shards
+  # Blocks do not straddle the two pieces of a shard, which see different keys.
+  halves = 1 if shards == 1 else 2
+  block_q, piece = _blocks("block_q", block_q, -(-queries // halves))
+  block_kv, keys = _blocks("block_kv", block_kv, L)
+  mask = PackedMask(
+    L - 2 * response, L - response, queries=queries, padded=piece * halves, keys=keys, shards=shards
+  )
+  sizes = splash.BlockSizes(
+    block_q=block_q,
+    block_kv=block_kv,
+    block_q_dq=block_q,
+    block_kv_dq=block_kv,
+    block_q_dkv=block_q,
+    block_kv_dkv=block_kv,
+  )
+  return mask, sizes
 
 
 def pieces(shards: int) -> np.ndarray:

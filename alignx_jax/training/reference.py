@@ -23,7 +23,7 @@ from alignx_jax.models.decoder import Decoder
 from alignx_jax.personas.prompts import chat_format, prompt_format
 from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
-from alignx_jax.training.steps import score_step
+from alignx_jax.training.steps import score_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ class LogProbs:
       rows: this process's rows of a batch.
     """
     rows = hosts.to_devices(rows, meshes.rows_sharding(self.mesh, self.rows))
-    graph = nnx.graphdef(self.model)
+    program = score_program(nnx.graphdef(self.model), self.mesh, self.chunk)
     with jax.set_mesh(self.mesh):
-      return score_step(self.params, rows, graph=graph, mesh=self.mesh, chunk=self.chunk)
+      return program(self.params, rows)
 
 
 def score_stream(log_probs: LogProbs, loader: Loader, *, describe: str) -> np.ndarray:

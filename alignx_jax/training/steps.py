@@ -94,7 +94,12 @@ def make_steps(
   )
   return Steps(
     init=jax.jit(init, donate_argnums=0, out_shardings=shardings),
-    train=jax.jit(train, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh))),
+    train=jax.jit(
+      train,
+      donate_argnums=0,
+      out_shardings=(shardings, meshes.replicated(mesh)),
+      compiler_options=compiler_options(mesh),
+    ),
     state=state,
     frozen=frozen,
     rows=row_shapes(regions, config.train.rows, mesh),
@@ -151,12 +156,29 @@ def _with_shardings(shapes, shardings):
 # ------------------------------------------------------------------ the programs
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "mesh", "chunk"))
-def score_step(params: nnx.State, rows: Rows, *, graph, mesh: Mesh, chunk: int):
-  """Response log-probs [B, N, E] in nats and the slots [B, E] they are of, on every device."""
-  log_probs_BNE = response_log_probs(nnx.merge(graph, params), rows, chunk=chunk)
-  whole = meshes.replicated(mesh)
-  return jax.lax.with_sharding_constraint((log_probs_BNE, rows.example_BE), whole)
+@functools.cache
+def score_program(graph, mesh: Mesh, chunk: int) -> Callable:
+  """(parameters, Rows) to response log-probs [B, N, E] in nats and the slots [B, E] they are of.
+
+  Both come whole to every device. Models of the same architecture share the program.
+  """
+
+  def score(params, rows):
+    log_probs_BNE = response_log_probs(nnx.merge(graph, params), rows, chunk=chunk)
+    return log_probs_BNE, rows.example_BE
+
+  return jax.jit(
+    score, out_shardings=meshes.replicated(mesh), compiler_options=compiler_options(mesh)
+  )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+  """What XLA is told for the devices of a mesh."""
+  if mesh.devices.flat[0].platform != "tpu":
+    return None
+  # By default the gathering of a layer's weights becomes a loop of partial products, which
+  # reads and writes its sums anew each time: twice the estimated time of a step.
+  return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "100000"}
 
 
 def train_step(
