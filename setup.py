@@ -19,6 +19,7 @@ EXTRAS["test"] = [
   *EXTRAS["tpu"],
   "hypothesis>=6.100",
   "pytest>=8",
+  "pytest-xdist>=3.6",
   "ruff>=0.14",
 ]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -25,7 +26,8 @@ from alignx_jax.ahead.report import (
 )
 from alignx_jax.data.rows import Regions
 from alignx_jax.models.presets import get_architecture
-from configs import base
+from configs import base, ica_llama31_8b
+from tests.test_readme import COMMANDS, ROOT
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -266,12 +268,14 @@ def test_the_sizes_named_are_those_of_the_model():
 
 
 @pytest.mark.slow
-def test_llama_8b_fits_and_holds_neither_whole_parameters_nor_whole_logits(tmp_path):
-  from configs import ica_llama31_8b
-
+def test_the_readmes_program_fits_and_holds_neither_whole_parameters_nor_whole_logits(tmp_path):
+  (command,) = (command for command in COMMANDS if "alignx_jax.compile" in command)
+  arguments = [*shlex.split(command.replace("runs/compile", str(tmp_path))), "--save_text"]
+  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "of 15.75: fits" in done.stdout
+  train = json.loads((tmp_path / "compile.json").read_text())
   config = ica_llama31_8b.get_config()
-  topology = parse_topology("v5e:8x8")
-  train = compile_programs(config, topology, examples_per_row=4, texts=tmp_path)["train"]
   assert train["fits"] and train["executed_over_needed_flops"] <= 1.4
   assert train["examples_per_step"] == 128
   arch = get_architecture(config.model.preset)

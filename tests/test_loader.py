@@ -213,13 +213,20 @@ def test_workers_that_do_not_divide_the_rows_are_refused(users):
     list(Loader(users, formatting(), rows=4, workers=3).batches())
 
 
-def test_a_row_takes_the_oldest_and_the_largest_that_fit():
+def test_a_row_takes_the_oldest_and_what_fills_it_best():
   regions = Regions(context=100, response=20, examples=3)
   # 70 does not fit beside 40; of what does, the larger goes first.
   assert choose([(40, 5, 5), (70, 1, 1), (10, 1, 1), (60, 1, 1)], regions) == [0, 3]
   # A response region can be what is full.
   assert choose([(40, 15, 5), (50, 6, 1), (10, 5, 1)], regions) == [0, 2]
   assert choose([(1, 1, 1)] * 5, regions) == [0, 1, 2]  # no more than its slots
+  # Two that fill the row go before one that is larger than either.
+  assert choose([(40, 1, 1), (55, 1, 1), (30, 1, 1), (30, 1, 1)], regions) == [0, 2, 3]
+  # So does one alone when there is one slot.
+  two = Regions(context=100, response=20, examples=2)
+  assert choose([(40, 1, 1), (55, 1, 1), (30, 1, 1), (30, 1, 1)], two) == [0, 1]
+  with pytest.raises(ValueError, match="longer than the regions"):
+    choose([(101, 1, 1)], regions)
 
 
 def test_seeds_give_other_orders_and_none_keeps_the_order(users):

@@ -346,7 +346,8 @@ def test_cut_off_at_any_write_the_same_call_again_gives_the_same(tmp_path, monke
   assert done > 20
 
 
-def test_killed_at_random_moments_the_result_is_that_of_an_undisturbed_run(tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_result_is_that_of_an_undisturbed_run(tmp_path, kills):
   files = input_files(tmp_path)
   prepare_some(files, tmp_path / "whole")
   out = tmp_path / "out"
@@ -360,8 +361,8 @@ def test_killed_at_random_moments_the_result_is_that_of_an_undisturbed_run(tmp_p
   script = tmp_path / "script.py"
   script.write_text(code)
   command = [sys.executable, str(script), str(out), *files]
-  rng = random.Random(0)
-  for _ in range(3):
+  rng = random.Random(kills)
+  for _ in range(kills):
     process = subprocess.Popen(
       command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )

@@ -49,11 +49,12 @@ def test_the_loader_pads_as_expected(users, layout):
   found = propose(sizes, layout)
   assert found["context"] + 2 * found["response"] == layout
   regions = Regions(found["context"], found["response"], found["examples"])
-  loader = Loader(users, formatting(regions=regions), rows=1, epochs=4, seed=0)
-  rows = [batch.rows for batch in loader.batches()][:-4]
+  loader = Loader(users, formatting(regions=regions), rows=1, seed=0)
+  # The last rows are packed from what the window is left with.
+  rows = [batch.rows for batch in loader.batches()][:-8]
   share = np.mean([(row.segments_BL == 0).mean() for row in rows])
   assert share == pytest.approx(found["padding"], abs=0.02)
-  assert share < 0.1
+  assert share < 0.05
   assert not any("refused" in reason for reason in loader.counts)
 
 

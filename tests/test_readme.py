@@ -6,11 +6,17 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from flax import nnx
 
+from alignx_jax import experiment as experiments
+from alignx_jax.models.pretrained import load_decoder
 from alignx_jax.personas.simulator import simulate_record
+from configs import smollm2_p_soups_ica
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = re.findall(
@@ -34,15 +40,31 @@ SMALL = {
 @pytest.mark.slow
 def test_commands_on_a_real_model(tmp_path, smollm2_path):
   commands = [command for command in COMMANDS if "smollm2" in command]
-  assert len(commands) == 3
+  assert [shlex.split(command)[2].split(".")[1] for command in commands] == [
+    *("train", "train", "evaluate", "export")
+  ]
   for command in commands:
     small = [f"--{name}={value}" for name, value in SMALL.items()]
     arguments = shlex.split(command.replace("runs/", f"{tmp_path}/")) + small
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "| policy" in done.stdout and "| shuffled " in done.stdout
+    if "export" not in command:
+      assert "| policy" in done.stdout and "| shuffled " in done.stdout
   for name in ("smollm2_ica", "smollm2_pba"):
     assert (tmp_path / name / "results.json").exists()
+  # What was exported is what was trained, bit by bit.
+  config = smollm2_p_soups_ica.get_config()
+  config.update_from_flattened_dict({k.removeprefix("config."): v for k, v in SMALL.items()})
+  experiment = experiments.load_experiment(config)
+  trained = experiments.trained_params(experiment, tmp_path / "smollm2_ica")
+  exported = nnx.state(load_decoder(tmp_path / "smollm2_ica" / "hf"))
+  changed = 0
+  for ours, theirs, base in zip(
+    *map(jax.tree.leaves, (trained, exported, experiment.load_base())), strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+    changed += bool(np.any(ours != base))
+  assert changed == len(jax.tree.leaves(trained))
 
 
 def test_commands_that_prepare_data(tmp_path):

@@ -41,7 +41,10 @@ class Batch(NamedTuple):
 
 
 def choose(sizes: Sequence[tuple[int, int, int]], regions: Regions) -> list[int]:
-  """Which of a window's examples share the next row: the oldest, and the largest that fit.
+  """Which of a window's examples share the next row.
+
+  The oldest, so that none waits for ever; beside it the largest, while they leave room for
+  some two more; then the two that together fill the row best; then what still fits.
 
   Args:
     sizes: tokens of each region, oldest example first.
@@ -50,19 +53,40 @@ def choose(sizes: Sequence[tuple[int, int, int]], regions: Regions) -> list[int]
   Raises:
     ValueError: the oldest fits no row.
   """
-  room = (regions.context, regions.response, regions.response)
+  sizes_W3 = np.asarray(sizes)
+  room_3 = np.array([regions.context, regions.response, regions.response])
+  left_3 = room_3 - sizes_W3[0]
+  if left_3.min() < 0:
+    raise ValueError(f"An example of {sizes[0]} tokens is longer than the regions {room_3}.")
+  taken = [0]
   # The share of the row that an example needs says which is large.
-  shares = [max(s / r for s, r in zip(size, room, strict=True)) for size in sizes]
-  taken = []
-  for i in sorted(range(len(sizes)), key=lambda i: (i > 0, -shares[i])):
-    left = tuple(r - s for r, s in zip(room, sizes[i], strict=True))
-    if min(left) >= 0:
-      room = left
-      taken.append(i)
-    elif i == 0:
-      raise ValueError(f"An example of {sizes[0]} tokens is longer than the regions {room}.")
-    if len(taken) == regions.examples:
-      break
+  largest_first = np.argsort(-(sizes_W3 / room_3).max(axis=1), kind="stable").tolist()
+  room_of_two_3 = 2.5 * sizes_W3.mean(axis=0)
+
+  def take(indices):
+    nonlocal left_3
+    taken.extend(indices)
+    left_3 = left_3 - sizes_W3[indices].sum(axis=0)
+
+  def fitting():
+    if len(taken) >= regions.examples:
+      return []
+    fits_W = (sizes_W3 <= left_3).all(axis=1)
+    return [i for i in largest_first if fits_W[i] and i not in taken]
+
+  while (left_3 > room_of_two_3).all() and (rest := fitting()):
+    take(rest[:1])
+  if rest := fitting():
+    # A pair with the nothing at the end is one example alone.
+    parts_M3 = np.concatenate([sizes_W3[rest], np.zeros((1, 3), int)])
+    first, second = np.triu_indices(len(parts_M3), 1)
+    if len(taken) + 1 == regions.examples:
+      first, second = first[second == len(rest)], second[second == len(rest)]
+    sums = parts_M3[first] + parts_M3[second]
+    best = np.argmax(np.where((sums <= left_3).all(axis=1), sums.sum(axis=1), -1))
+    take([rest[i] for i in (first[best], second[best]) if i < len(rest)])
+  while rest := fitting():
+    take(rest[:1])
   return sorted(taken)
 
 

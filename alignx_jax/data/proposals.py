@@ -81,7 +81,11 @@ def propose(sizes: np.ndarray, layout: int, *, window: int = 32) -> dict | None:
     if context <= 0 or fits.mean() < 0.5:
       continue
     regions = Regions(context, response, examples=1 << 30)
-    padding, most = pack(sizes[fits], regions, window=window)
+    # Long enough that what a window is left with has its effect.
+    repeats = -(-100 * window // int(fits.sum()))
+    rng = np.random.default_rng(0)
+    stream = np.concatenate([rng.permutation(sizes[fits]) for _ in range(repeats)])
+    padding, most = pack(stream, regions, window=window)
     found = {
       "context": context,
       "response": response,
