@@ -51,7 +51,7 @@ setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pyarrow>=17",
-    "safetensors>=0.5",
+    "safetensors>=0.8,<1",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9,<5",
     "tokenizers>=0.21",

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from alignx_jax.data.formatting import Formatting
-from alignx_jax.data.loader import Loader
+from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.data.prepared import PreparedExamples, is_prepared, prepared_space
 from alignx_jax.data.proposals import proposed_regions
 from alignx_jax.data.records import Example
@@ -36,6 +36,7 @@ from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.loop import TrainResult, train
 from alignx_jax.training.reference import LogProbs, cache_key, fingerprint
 from alignx_jax.training.run_config import check_run_config
+from alignx_jax.training.steps import param_shapes
 
 # The condition that each objective trains on.
 OBJECTIVES = {"ica": "persona", "pba": "inferred"}
@@ -128,6 +129,8 @@ def _make_mesh(config) -> Mesh:
   count = config.train.devices or jax.device_count()
   if count > jax.device_count():
     raise ValueError(f"config.train.devices is {count}; there are {jax.device_count()}.")
+  if count < jax.device_count() and jax.process_count() > 1:
+    raise ValueError(f"config.train.devices is {count}; several processes use all: set it to 0.")
   return meshes.make_mesh(config.mesh, jax.devices()[:count])
 
 
@@ -144,6 +147,15 @@ def check_sizes(config, mesh: Mesh) -> None:
     raise ValueError(
       f"config.train.accumulation is {config.train.accumulation}; {config.train.rows} rows do "
       f"not split into that many parts on {shards} devices: change config.train.rows."
+    )
+  if config.reference.kind not in ("cached", "online"):
+    raise ValueError(
+      f"config.reference.kind is {config.reference.kind!r}; set it to 'cached' or 'online'."
+    )
+  if config.reference.kind == "online" and not config.lora.rank:
+    raise ValueError(
+      "config.reference.kind 'online' takes the policy without its adapter for the reference: "
+      "set config.lora.rank, or config.reference.kind to 'cached'."
     )
   if unknown := set(config.eval.protocols) - set(PROTOCOLS):
     raise ValueError(
@@ -337,9 +349,11 @@ def trained_params(experiment: Experiment, workdir: Path) -> nnx.State:
     raise FileNotFoundError(f"{workdir} has no checkpoint; train there first.")
   base = experiment.load_base()
   key = cache_key(training_loader(experiment), experiment.model, fingerprint(base))
-  check_run_config(experiment.config, workdir, key)
+  check_run_config(experiment.config, workdir, f"{key}-{PACKING}")
   trained, frozen = split_trainable(base)
-  trained = checkpoints.restore_params(step, trained)
+  shapes = split_trainable(param_shapes(experiment.model, experiment.mesh))[0]
+  del base, trained  # room for what is restored
+  trained = checkpoints.restore_params(step, shapes)
   checkpoints.close()
   return nnx.merge_state(trained, frozen)
 

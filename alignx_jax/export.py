@@ -27,7 +27,6 @@ def export(config, workdir: Path, output: Path) -> None:
       would overwrite the run's own files or those of its base.
   """
   # Imported here, so that --help answers at once.
-  import jax
   from flax import nnx
 
   from alignx_jax import experiment as experiments
@@ -36,6 +35,7 @@ def export(config, workdir: Path, output: Path) -> None:
   from alignx_jax.models.peft import factors_of, save_adapter
   from alignx_jax.models.pretrained import save_decoder
   from alignx_jax.models.tokenizer_files import write_tokenizer_files
+  from alignx_jax.training import hosts
 
   for name, taken in (("the workdir", workdir), ("the base model", config.model.weights)):
     if output.resolve() == Path(taken).resolve():
@@ -45,7 +45,7 @@ def export(config, workdir: Path, output: Path) -> None:
   model = nnx.merge(nnx.graphdef(experiment.model), params)
   named = config.model.tokenizer or config.model.weights
   source = None if named == "bytes" or named.startswith("preset:") else find_file(named)
-  first = jax.process_index() == 0
+  first = hosts.is_first()
   if first:
     write_tokenizer_files(
       output, experiment.formatting.tokenizer, source, max_positions=model.arch.max_positions
@@ -64,9 +64,13 @@ def export(config, workdir: Path, output: Path) -> None:
 
 
 def main(config, workdir):
+  from alignx_jax.training import hosts
+
+  hosts.connect()
   output = Path(_OUTPUT.value)
   export(config, workdir, output)
-  print(f"Written: {output}")
+  if hosts.is_first():
+    print(f"Written: {output}")
 
 
 if __name__ == "__main__":

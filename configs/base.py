@@ -46,7 +46,8 @@ def get_config() -> ConfigDict:
   config.data.test_share = 0.5  # of posts, for a JSON list
   # Above 1 the small sources of a prepared set come more often: shares ∝ size^(1/temperature).
   config.data.temperature = 1.0
-  config.data.workers = 0  # processes that tokenise and pack; 0: the main one does
+  # The most processes of a host that tokenise and pack; 0: the main one does.
+  config.data.workers = 0
 
   # What training shows of a persona (personas/persona.py).
   config.history = ConfigDict()

@@ -48,7 +48,7 @@ def one_step(sizes) -> dict[str, np.ndarray]:
   params = jax.jit(lambda: nnx.state(make()), out_shardings=shardings)()
   sharding = programs.rows.tokens_BL.sharding
   own = hosts.own_rows(sharding, ROWS)
-  rows = hosts.to_devices(jax.tree.map(lambda x: x[own], make_rows()), sharding)
+  rows = hosts.to_devices(jax.tree.map(lambda x: x[own], make_rows()), sharding, ROWS)
   options = {"beta": 0.1, "chunk": 8, "accumulation": 1, "online": False}
 
   def gradient(params, rows):

@@ -213,15 +213,17 @@ def test_permutes_in_opposite_directions_share_no_link():
 
 
 def test_a_refusal_by_the_compiler_is_read_or_passed_on():
+  work = Work(1e12, {}, examples=100, tokens=4000)
   message = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(50.28G) exceeds available HBM (15.75G)."
   )
-  found = out_of_memory_report("train", message, topology=TOPOLOGY)
+  found = out_of_memory_report("train", message, topology=TOPOLOGY, work=work)
   assert (found["fits"], found["hbm_gib_per_chip"]) == (False, 50.28)
+  assert found["examples_per_step"] == 100 and found["estimated_mfu"] is None
   for other in ("INTERNAL: no", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"):
     with pytest.raises(ValueError, match=other):
-      out_of_memory_report("train", other, topology=TOPOLOGY)
+      out_of_memory_report("train", other, topology=TOPOLOGY, work=work)
 
 
 # ------------------------------------------------------------------ advice

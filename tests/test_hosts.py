@@ -2,30 +2,40 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from alignx_jax import experiment as experiments
+from alignx_jax.ahead.chips import parse_topology
+from alignx_jax.data.loader import Loader
 from alignx_jax.training import hosts
+from alignx_jax.training import mesh as meshes
 from alignx_jax.training.metrics import read_metrics
+from configs import base
 from tests.processes import run_together
 from tests.small_records import small_record
 
+SETTINGS = {
+  "model.weights": "preset:tiny8",
+  "history.policy": "all",
+  "regions.context": 512,
+  "regions.response": 32,
+  "regions.examples": 3,
+  # Of 25 examples lanes get 7, 6, 6 and 6, two a row: four rows of the first, three of others.
+  "data.train_records": 25,
+  "data.test_records": 25,
+  "train.rows": 4,
+  "train.checkpoint_every": 2,
+  "optimizer.learning_rate": 1e-3,
+  "eval.rows": 4,
+}
 
-def train(workdir, data, *, processes, devices, command="train", **options):
-  options = {
-    "model.weights": "preset:tiny8",
-    "data.path": data,
-    "history.policy": "all",
-    "regions.context": 512,
-    "regions.response": 32,
-    "regions.examples": 3,
-    "train.rows": 4,
-    "train.checkpoint_every": 2,
-    "optimizer.learning_rate": 1e-3,
-    "eval.rows": 4,
-  } | options
-  flags = [f"--config.{name}={value}" for name, value in options.items()]
+
+def run(command, workdir, data, *, processes, devices, extra=()):
+  settings = SETTINGS | {"data.path": data}
+  flags = [f"--config.{name}={value}" for name, value in settings.items()]
   arguments = ["-m", f"alignx_jax.{command}", "--config=configs/base.py", f"--workdir={workdir}"]
-  return run_together(arguments + flags, processes=processes, devices=devices)
+  return run_together([*arguments, *flags, *extra], processes=processes, devices=devices)
 
 
 def table(output):
@@ -34,27 +44,68 @@ def table(output):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  # The last batch of the test pairs is ragged: some processes end earlier.
   path = tmp_path_factory.mktemp("data") / "records.json"
-  path.write_text(json.dumps([small_record(i) for i in range(44)]), encoding="utf-8")
+  path.write_text(json.dumps([small_record(i) for i in range(60)]), encoding="utf-8")
   return path
 
 
+def test_the_data_is_ragged(data):
+  config = base.get_config()
+  config.update_from_flattened_dict(SETTINGS | {"data.path": str(data)})
+  experiment = experiments.load_experiment(config)
+  for examples in (experiment.train, experiment.test):
+    loader = Loader(examples, experiment.formatting, rows=4)
+    lanes = loader.start()
+    assert [len(list(loader.batches(lanes[own]))) for own in ([0, 1], [2, 3])] == [4, 3]
+
+
 def test_two_processes_are_as_one(tmp_path, data):
-  train(tmp_path / "one", data, processes=1, devices=4)
-  first, second = train(tmp_path / "two", data, processes=2, devices=2)
+  run("train", tmp_path / "one", data, processes=1, devices=4)
+  first, second = run("train", tmp_path / "two", data, processes=2, devices=2)
   assert table(first) and not table(second)
   lines, others = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-  assert len(lines) == len(others) >= 3
+  assert len(lines) == len(others) == 4
   for line, other in zip(lines, others, strict=True):
     assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+  (one,) = (tmp_path / "one" / "reference").glob("reference_*.npy")
+  scores = np.load(one)
+  assert scores.shape == (25, 2) and np.all(np.isfinite(scores))
+  np.testing.assert_allclose(np.load(tmp_path / "two" / "reference" / one.name), scores, rtol=1e-5)
   one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
   assert [(r["policy"], r["condition"], r["examples"]) for r in one] == [
     (r["policy"], r["condition"], r["examples"]) for r in two
   ]
-  # What two processes saved one evaluates.
-  (again,) = train(tmp_path / "two", data, processes=1, devices=4, command="evaluate")
+  # What two processes saved one evaluates, and two export what one exports.
+  (again,) = run("evaluate", tmp_path / "two", data, processes=1, devices=4)
   assert table(again) == table(first)
+  for processes in (1, 2):
+    output = tmp_path / f"hf{processes}"
+    devices = 4 // processes
+    extra = [f"--output={output}"]
+    run("export", tmp_path / "two", data, processes=processes, devices=devices, extra=extra)
+  for file in ("model.safetensors", "config.json"):
+    assert (tmp_path / "hf1" / file).read_bytes() == (tmp_path / "hf2" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+  ("topology", "slices", "rows", "sizes"),
+  [
+    ("v5e:8x8", 1, 32, {"fsdp": 0, "tensor": 2}),
+    ("v5p:4x4x4", 1, 32, {"fsdp": 0, "tensor": 2}),
+    ("v5p:4x4x4", 1, 16, {"fsdp": 0, "tensor": 4}),
+    ("v6e:8x8", 1, 64, {"fsdp": 0}),
+    ("v6e:8x8", 1, 8, {"fsdp": 0, "context": 8}),
+    ("v5e:8x8", 2, 32, {"replica": 2, "fsdp": 0, "tensor": 4}),
+  ],
+)
+def test_the_hosts_of_a_pod_read_every_row_and_share_all_or_none(topology, slices, rows, sizes):
+  devices = parse_topology(topology, slices=slices).devices
+  sizes = dict.fromkeys(meshes.AXES, 1) | sizes
+  sharding = meshes.rows_sharding(meshes.make_mesh(sizes, devices), rows)
+  processes = sorted({device.process_index for device in devices})
+  own = {tuple(hosts.own_rows(sharding, rows, process).tolist()) for process in processes}
+  assert len(processes) == 16 * slices
+  assert sorted(row for part in own for row in part) == list(range(rows))
 
 
 def test_half_of_the_variables_is_refused(monkeypatch):

@@ -447,6 +447,10 @@ def test_a_damaged_index_or_a_missing_shard_is_refused(models, tmp_path):
   file.write_text(json.dumps({"weight_map": moved}))
   with pytest.raises(ValueError, match=f"{shards[0].name} does not hold 'model.norm.weight'"):
     load_decoder(tmp_path)
+  fewer = {key: name for key, name in index["weight_map"].items() if key != "model.norm.weight"}
+  file.write_text(json.dumps({"weight_map": fewer}))
+  with pytest.raises(ValueError, match="'model.norm.weight'"):
+    load_decoder(tmp_path)
   file.write_text(json.dumps(index))
   shards[1].unlink()
   with pytest.raises(FileNotFoundError, match=f"lacks 1 of the {len(shards)} files.*00002-of"):

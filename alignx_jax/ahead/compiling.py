@@ -58,7 +58,7 @@ def compile_programs(
       with jax.set_mesh(mesh):
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
-      found = out_of_memory_report(name, str(error), topology=topology)
+      found = out_of_memory_report(name, str(error), topology=topology, work=work)
     else:
       text = compiled.as_text()
       if texts is not None:

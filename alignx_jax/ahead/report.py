@@ -123,7 +123,7 @@ def memory_kinds(memory: Any) -> dict[str, float]:
   return {kind: size / GIB for kind, size in kinds.items()}
 
 
-def out_of_memory_report(name: str, message: str, *, topology: Topology) -> dict:
+def out_of_memory_report(name: str, message: str, *, topology: Topology, work: Work) -> dict:
   """The report of a program that the compiler refused as too big.
 
   Args:
@@ -145,6 +145,11 @@ def out_of_memory_report(name: str, message: str, *, topology: Topology) -> dict
     "hbm_gib_per_chip": total,
     "hbm_gib_available": topology.chip.hbm_bytes / GIB,
     "compiler": message.strip().splitlines()[0],
+    # Of a program that is not there.
+    "executed_over_needed_flops": None,
+    "estimated_step_seconds": None,
+    "estimated_mfu": None,
+    "examples_per_step": work.examples,
   }
 
 

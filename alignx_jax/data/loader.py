@@ -26,6 +26,9 @@ from alignx_jax.data.rows import Regions, Rows, Tokenised, lay_out, stack
 from alignx_jax.data.stream import Place, Stream
 from alignx_jax.personas.persona import sample_history
 
+# Raised when other examples come to share a row: a run goes on only as it began.
+PACKING = 2
+
 
 class Batch(NamedTuple):
   """A batch, and where the stream goes on after it.
@@ -102,7 +105,8 @@ class Loader:
     mixture: indices of each source's examples, and its share of the stream; None takes all
       examples alike.
     window: examples of a lane among which a row chooses; more pack tighter.
-    workers: processes that tokenise and pack; 0 does it in this one.
+    workers: the most processes that tokenise and pack, of which so many are used as divide
+      the rows that are read here; 0 does it in this one.
     reference: response log-probs under the reference, None until computed: [slots, N], or
       [examples, N] if the history policy draws nothing.
     counts: refused examples by reason and dropped history items, so far as it was read.
@@ -142,21 +146,17 @@ class Loader:
     """The stream's batches from its start, or after the batch that had these lanes.
 
     Args:
-      lanes_BW: all lanes, or the consecutive ones whose rows this host reads; the next batches
-        have these rows of the global ones.
+      lanes_BW: all lanes, or those whose rows this host reads; the next batches have these
+        rows of the global ones.
       endless: go on with empty rows once these lanes have ended, as others may not have.
-    Raises:
-      ValueError: the workers do not divide the rows.
     """
     lanes_BW = self.start() if lanes_BW is None else np.asarray(lanes_BW)
     size = len(lanes_BW)
-    if self.workers and size % self.workers:
-      raise ValueError(
-        f"{size} rows do not divide by {self.workers} workers; change config.data.workers."
-      )
-    if self.workers and not flags.FLAGS.is_parsed():
+    # Each worker takes as many lanes as any other.
+    workers = max((n for n in range(1, self.workers + 1) if size % n == 0), default=0)
+    if workers and not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain reads its flags, also in a notebook
-    options = grain.MultiprocessingOptions(num_workers=self.workers)
+    options = grain.MultiprocessingOptions(num_workers=workers)
     packed = iter(_Lanes(self, lanes_BW).mp_prefetch(options))
     with contextlib.closing(packed):
       while True:

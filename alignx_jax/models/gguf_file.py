@@ -69,8 +69,8 @@ def open_gguf(path: Path) -> Source:
   except (TypeError, ValueError) as error:
     raise ValueError(f"{path}: {error}") from error
 
-  # Consecutive reads of a tensor, one for each device, dequantise it once.
-  @functools.lru_cache(maxsize=1)
+  # A parameter is read device by device, of each all layers: keep those till the next one's.
+  @functools.lru_cache(maxsize=arch.layers)
   def dequantized(name):
     tensor = held[name]
     try:

@@ -73,6 +73,9 @@ def _open_indexed(path: Path) -> tuple[dict, dict[str, str]]:
   for tensor, name in place_of.items():
     if tensor not in held[name]:
       raise ValueError(f"{path / name} does not hold {tensor!r}, as {INDEX} says; fetch both.")
+  for name, tensors in held.items():
+    if extra := sorted(tensor for tensor in tensors if place_of.get(tensor) != name):
+      raise ValueError(f"{path / name} holds {extra[0]!r}, of which {INDEX} knows nothing.")
   return files, place_of
 
 

@@ -62,6 +62,16 @@ def without_lora(params: nnx.State) -> nnx.State:
   return jax.tree_util.tree_map_with_path(zero, params)
 
 
+def _merged(weight, a, b, *, scale: float):
+  """W + scale · A B, split over devices as W is."""
+
+  def add(weight, a, b):
+    change = scale * jnp.einsum("xir,xro->xio", a, b).reshape(weight.shape)
+    return (weight.astype(jnp.float32) + change).astype(weight.dtype)
+
+  return jax.jit(add, out_shardings=weight.sharding, donate_argnums=0)(weight, a, b)
+
+
 def merge_lora(model) -> None:
   """Adds the adapters into the projections' weights and removes them."""
   blocks = model.blocks
@@ -70,8 +80,8 @@ def merge_lora(model) -> None:
   for name in PROJECTIONS:
     weight = getattr(blocks, name)
     a, b = (getattr(blocks, f"{name}_lora_{factor}")[...] for factor in "ab")
-    change = blocks.lora_scale * jnp.einsum("xir,xro->xio", a, b).reshape(weight.shape)
-    weight[...] = (weight[...].astype(jnp.float32) + change).astype(weight.dtype)
+    merged = _merged(weight[...], a, b, scale=blocks.lora_scale)
+    setattr(blocks, name, nnx.Param(merged))
     delattr(blocks, f"{name}_lora_a")
     delattr(blocks, f"{name}_lora_b")
   del blocks.lora_scale

@@ -13,9 +13,9 @@ from alignx_jax.data.rows import Rows
 def connect() -> None:
   """Joins the processes of a run, before JAX is used otherwise.
 
-  On TPU pods and clusters that JAX knows nothing need be set. Elsewhere each process is told
-  by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-  Without any of it, the process is alone.
+  On TPU pods, Slurm and other clusters that JAX knows nothing need be set. Elsewhere each
+  process is told by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID. Where JAX finds no cluster either, the process is alone.
 
   Raises:
     ValueError: some of the three are set, not all.
@@ -29,8 +29,12 @@ def connect() -> None:
   elif given:
     missing = ", ".join(sorted(set(names) - set(given)))
     raise ValueError(f"{', '.join(given)} is set and {missing} is not; set all three or none.")
-  elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-    jax.distributed.initialize()
+  else:
+    try:
+      jax.distributed.initialize()
+    except ValueError as error:
+      if "coordinator_address should be defined" not in str(error):
+        raise  # a cluster that JAX could not make out
 
 
 def is_first() -> bool:
@@ -38,32 +42,37 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def own_rows(sharding: NamedSharding, rows: int) -> slice:
-  """The rows of a global batch that this process reads for its devices.
+def own_rows(sharding: NamedSharding, rows: int, process: int | None = None) -> np.ndarray:
+  """Indices of the rows of a global batch that a process reads for its devices, ascending.
 
-  Raises:
-    ValueError: they are not consecutive.
+  They need not be consecutive: the mesh follows the network, not the hosts. Two processes
+  read the same rows or none in common.
+
+  Args:
+    process: its index; None for this one.
   """
-  indices = sharding.addressable_devices_indices_map((rows,)).values()
-  spans = sorted({index[0].indices(rows)[:2] for index in indices})
-  if any(end != start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
-    raise ValueError(
-      f"The rows {spans} of this process's devices are not consecutive; order config.mesh so "
-      "that a process's devices are neighbours along fsdp."
-    )
-  return slice(spans[0][0], spans[-1][1])
+  process = jax.process_index() if process is None else process
+  spans = {
+    index[0].indices(rows)[:2]
+    for device, index in sharding.devices_indices_map((rows,)).items()
+    if device.process_index == process
+  }
+  return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
 
-def to_devices(rows: Rows, sharding: NamedSharding) -> Rows:
-  """A global batch on the devices, from this process's rows of it."""
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)
+def to_devices(rows: Rows, sharding: NamedSharding, count: int) -> Rows:
+  """A global batch of `count` rows on the devices, from this process's rows of it."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x, (count, *x.shape[1:])), rows
+  )
 
 
-def gather_rows(local: np.ndarray, sharding: NamedSharding) -> np.ndarray:
-  """The array of all rows, from each process's rows of it; all processes must call."""
+def gather_rows(local: np.ndarray, sharding: NamedSharding, count: int) -> np.ndarray:
+  """The array of all `count` rows, from each process's rows of it; all processes must call."""
   if jax.process_count() == 1:
     return local
-  whole = jax.make_array_from_process_local_data(sharding, local)
+  shape = (count, *local.shape[1:])
+  whole = jax.make_array_from_process_local_data(sharding, local, shape)
   return multihost_utils.process_allgather(whole, tiled=True)
 
 

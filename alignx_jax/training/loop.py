@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from alignx_jax.data.loader import Loader
+from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.data.rows import Rows
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
@@ -59,6 +59,7 @@ def train(
   log_probs = LogProbs(model, params, mesh, loader.rows, config.train.head_chunk)
   weights = fingerprint(params)
   key = cache_key(loader, model, weights)
+  run_key = f"{key}-{PACKING}"
   directory = config.reference.directory or workdir / "reference"
   if config.reference.kind == "cached":
     loader.reference = cached_reference(log_probs, loader, directory, weights)
@@ -82,20 +83,23 @@ def train(
   rows_sharding = programs.rows.tokens_BL.sharding
   del log_probs
   trained, frozen = split_trainable(params)
-  with jax.set_mesh(mesh):
-    state = programs.init(trained)
-  del trained, params
+  del params
 
   # ------------------------------------------------------------------ resume
   lanes_BW = loader.start()[own]
   checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
   first = checkpoints.latest_step() or 0
   if first:
-    check_run_config(config, workdir, key)
-    state = checkpoints.restore(first, state)
+    check_run_config(config, workdir, run_key)
+    del trained  # room for the state
+    state = checkpoints.restore(first, programs.state)
     lanes_BW = checkpoints.restore_lanes(first, loader.start())[own]
-  elif hosts.is_first():
-    save_run_config(config, workdir, key)
+  else:
+    if hosts.is_first():
+      save_run_config(config, workdir, run_key)
+    with jax.set_mesh(mesh):
+      state = programs.init(trained)
+    del trained
   batches = loader.batches(lanes_BW, endless=True)
   writer = MetricWriter(workdir, first) if hosts.is_first() else None
 
@@ -137,7 +141,9 @@ def train(
     started = time.perf_counter()
     for step in range(first, steps):
       rows, lanes_BW = next(batches)
-      state, metrics = programs.train(state, frozen, hosts.to_devices(rows, rows_sharding))
+      state, metrics = programs.train(
+        state, frozen, hosts.to_devices(rows, rows_sharding, loader.rows)
+      )
       # Read the step before this one, while this one runs.
       if pending is not None:
         report(pending, bar)
@@ -146,7 +152,8 @@ def train(
       if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == steps:
         report(pending, bar)
         pending = None
-        checkpoints.save(step + 1, state, hosts.gather_rows(lanes_BW, rows_sharding))
+        lanes = hosts.gather_rows(lanes_BW, rows_sharding, loader.rows)
+        checkpoints.save(step + 1, state, lanes)
         started = time.perf_counter()
   return TrainResult(nnx.merge_state(state.params, frozen), steps)
 

@@ -16,10 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from alignx_jax.data.loader import Loader
+from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.data.prepared import PreparedExamples
 from alignx_jax.data.rows import Rows
 from alignx_jax.models.decoder import Decoder
+from alignx_jax.models.lora import LoraParam
 from alignx_jax.personas.prompts import chat_format, prompt_format
 from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
@@ -44,8 +45,8 @@ class LogProbs:
   chunk: int
 
   @property
-  def own(self) -> slice:
-    """The rows of a batch that this process reads."""
+  def own(self) -> np.ndarray:
+    """Indices of the rows of a batch that this process reads."""
     return hosts.own_rows(meshes.rows_sharding(self.mesh, self.rows), self.rows)
 
   def __call__(self, rows: Rows):
@@ -54,7 +55,7 @@ class LogProbs:
     Args:
       rows: this process's rows of a batch.
     """
-    rows = hosts.to_devices(rows, meshes.rows_sharding(self.mesh, self.rows))
+    rows = hosts.to_devices(rows, meshes.rows_sharding(self.mesh, self.rows), self.rows)
     program = score_program(nnx.graphdef(self.model), self.mesh, self.chunk)
     with jax.set_mesh(self.mesh):
       return program(self.params, rows)
@@ -123,14 +124,14 @@ def cached_reference(log_probs: LogProbs, loader: Loader, directory, weights: st
   return scores
 
 
-def counted_steps(loader: Loader, directory, own: slice, *, key: str) -> int:
+def counted_steps(loader: Loader, directory, own: np.ndarray, *, key: str) -> int:
   """Batches in a loader's stream, counted once and then read from `directory`.
 
   Args:
     own: the rows of a batch that this process reads.
     key: cache_key of the loader.
   """
-  path = epath.Path(directory) / f"steps_{key}_{loader.rows}_{loader.window}.txt"
+  path = epath.Path(directory) / f"steps_{key}_{loader.rows}_{loader.window}_{PACKING}.txt"
   if not hosts.all_true(path.exists()):
     steps = 0
     with tqdm(total=loader.stream_length, desc="counting steps", unit="ex", mininterval=1.0) as bar:
@@ -188,7 +189,11 @@ def cache_key(loader: Loader, model: Decoder, weights: str) -> str:
 
 
 def fingerprint(params: nnx.State) -> str:
-  """Stands for the values of parameters, wherever and however split they lie."""
+  """Stands for the values of a base's parameters, wherever and however split they lie.
+
+  An adapter changes nothing of the base, so it is left out.
+  """
+  params = nnx.split_state(params, LoraParam, ...)[1]
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path)

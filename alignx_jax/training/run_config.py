@@ -9,8 +9,8 @@ from flax.traverse_util import flatten_dict
 
 # What may differ between a run and its resumption or evaluation: how, not what, is done.
 _FREE = re.compile(
-  r"eval\..*|mesh\..*|model\.attention\w*|reference\.directory|data\.workers"
-  r"|train\.(devices|keep_checkpoints|\w+_every)"
+  r"eval\..*|mesh\..*|model\.(attention\w*|remat|preset)|reference\.directory|data\.workers"
+  r"|train\.(devices|head_chunk|keep_checkpoints|\w+_every)"
 )
 
 

@@ -62,20 +62,11 @@ def make_steps(
     config: configs/base.py's; read here are `objective`, `reference` and `train`.
     model: arrays or shapes alone.
   Raises:
-    ValueError: sizes that do not divide by the mesh; a reference that the model cannot be.
+    ValueError: sizes that do not divide by the mesh.
   """
-  if config.reference.kind not in ("cached", "online"):
-    raise ValueError(
-      f"config.reference.kind is {config.reference.kind!r}; set it to 'cached' or 'online'."
-    )
   shapes = param_shapes(model, mesh)
   trained, frozen = split_trainable(shapes)
   online = config.reference.kind == "online"
-  if online and not jax.tree.leaves(frozen):
-    raise ValueError(
-      "config.reference.kind 'online' takes the policy without its adapter for the reference: "
-      "set config.lora.rank, or config.reference.kind to 'cached'."
-    )
 
   def init(params):
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(as_float32(params)))
