@@ -9,7 +9,9 @@ import sys
 from collections import Counter
 from types import SimpleNamespace
 
+import jax
 import pytest
+from flax import nnx
 
 from alignx_jax.ahead import hlo
 from alignx_jax.ahead.advice import advise
@@ -25,6 +27,7 @@ from alignx_jax.ahead.report import (
   table,
 )
 from alignx_jax.data.rows import Regions
+from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.presets import get_architecture
 from configs import base, ica_llama31_8b
 from tests.test_readme import COMMANDS, ROOT
@@ -42,6 +45,11 @@ def tiny(**mesh):
   config.train.head_chunk = 32
   config.mesh.update(mesh)
   return config
+
+
+def parameter_bytes(preset):
+  model = nnx.eval_shape(lambda: Decoder(get_architecture(preset), rngs=nnx.Rngs(0)))
+  return sum(4 * x.size for x in jax.tree.leaves(nnx.state(model)))
 
 
 # ------------------------------------------------------------------ whole programs
@@ -73,6 +81,9 @@ def test_the_command_prints_and_writes_what_the_three_programs_cost(tmp_path):
   assert 0 < told["estimated_mfu"] < 1
   assert list(told["programs"]) == ["train", "reference", "evaluation"]
   assert told["programs"]["train"]["executed_flops_per_chip"] == told["executed_flops_per_chip"]
+  # A policy is scored while its base is kept, both in float32 on four chips.
+  size = Counter(told["programs"]["evaluation"]["memory_gib"])["other_model"] * GIB
+  assert size == pytest.approx(parameter_bytes("tiny8") / 4, rel=0.05)
   text = (tmp_path / "train.hlo.txt").read_text()
   # Two rows on each chip; the logits of a whole response region are never there at once.
   arch = get_architecture("tiny8")

@@ -12,6 +12,7 @@ from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import PROJECTIONS, add_lora, merge_lora, split_trainable, without_lora
 from alignx_jax.models.presets import get_architecture
 from alignx_jax.training.metrics import read_metrics
+from alignx_jax.training.reference import fingerprint
 from configs import base
 from tests.small_records import small_record
 
@@ -59,6 +60,11 @@ def test_merged_is_adapted_and_without_is_the_base():
   merge_lora(model)
   assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(nnx.state(plain))
   np.testing.assert_allclose(hidden(model), expected, atol=1e-5)
+
+
+def test_an_adapter_does_not_change_the_fingerprint_of_the_base():
+  plain = Decoder(get_architecture("tiny8"), rngs=nnx.Rngs(0))
+  assert fingerprint(nnx.state(adapted())) == fingerprint(nnx.state(plain))
 
 
 def test_exactly_one_factor_starts_at_zero():

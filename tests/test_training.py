@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from alignx_jax import experiment as experiments
 from alignx_jax.personas import prompts
@@ -221,7 +222,8 @@ def test_another_prompt_architecture_or_type_has_another_cache_key(config, monke
 
 def test_the_fingerprint_of_weights_follows_each_value_and_place_but_not_the_mesh():
   values = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-  print_of = lambda x: reference.fingerprint({"x": jax.numpy.asarray(x)})
+  state_of = lambda x: nnx.State({"x": nnx.Param(x)})
+  print_of = lambda x: reference.fingerprint(state_of(jax.numpy.asarray(x)))
   changed, swapped = values.copy(), values.copy()
   changed[5, 3] = np.nextafter(changed[5, 3], 9, dtype=np.float32)
   swapped[[0, 1]] = swapped[[1, 0]]
@@ -229,4 +231,4 @@ def test_the_fingerprint_of_weights_follows_each_value_and_place_but_not_the_mes
   assert len({print_of(x) for x in (values, *others)}) == 6
   mesh = meshes.make_mesh(None, jax.devices()[:2])
   split = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.P("fsdp")))
-  assert reference.fingerprint({"x": split}) == print_of(values)
+  assert reference.fingerprint(state_of(split)) == print_of(values)

@@ -1,5 +1,6 @@
 """The programs of a run, compiled for TPUs that are not there."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from alignx_jax.ahead import flops
 from alignx_jax.ahead.advice import advise
 from alignx_jax.ahead.chips import Topology
 from alignx_jax.ahead.costs import program_costs
-from alignx_jax.ahead.report import Work, make_report, out_of_memory_report
+from alignx_jax.ahead.report import Work, held_beside, make_report, out_of_memory_report
 from alignx_jax.data.prepared import prepared_space
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import find_file, load_tokenizer
@@ -92,11 +93,17 @@ def compile_programs(
     found["reference"] = score("reference", rows)
   # It is the same program as the reference's if it takes as many rows.
   same = not online and rows == config.eval.rows
-  found["evaluation"] = (
+  alone = (
     found["reference"] | {"program": "evaluation"}
     if same
     else score("evaluation", config.eval.rows)
   )
+  # A policy is scored while the base that it is compared with is kept.
+  base = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(param_shapes(model, mesh))
+  )
+  found["evaluation"] = held_beside(alone, "other_model", base)
   return found
 
 

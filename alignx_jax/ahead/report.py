@@ -123,6 +123,21 @@ def memory_kinds(memory: Any) -> dict[str, float]:
   return {kind: size / GIB for kind, size in kinds.items()}
 
 
+def held_beside(report: dict, what: str, size: int) -> dict:
+  """The report of a program that runs while other arrays are kept on the chips too.
+
+  Args:
+    what: names them in the memory's kinds.
+    size: their bytes on one chip.
+  """
+  if "memory_gib" not in report:  # it does not fit even alone
+    return report
+  memory = report["memory_gib"]
+  memory = memory | {what: size / GIB, "total": memory["total"] + size / GIB}
+  fits = memory["total"] <= report["hbm_gib_available"]
+  return report | {"fits": fits, "hbm_gib_per_chip": memory["total"], "memory_gib": memory}
+
+
 def out_of_memory_report(name: str, message: str, *, topology: Topology, work: Work) -> dict:
   """The report of a program that the compiler refused as too big.
 
