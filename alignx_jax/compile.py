@@ -2,10 +2,11 @@
 
   python -m alignx_jax.compile --config=configs/X.py --workdir=DIR --topology=v5e:8x8
 
-Compiles the training step, the reference pass and the evaluation step for that topology and
-prints memory, FLOPs, exchanges and estimated times; DIR/compile.json has the same numbers, of
-the training step at the top level, of all three under "programs". The exit code is 2 when one
-does not fit. --slices=2 is for several slices, --save_text keeps the compiled programs.
+Compiles the training step, the reference pass, the evaluation step and, where a learned bridge
+infers preferences, that pass for the topology and prints memory, FLOPs, exchanges and estimated
+times; DIR/compile.json has the same numbers, of the training step at the top level, of all
+programs under "programs". The exit code is 2 when one does not fit. --slices=2 is for several
+slices, --save_text keeps the compiled programs.
 """
 
 import json

@@ -1,10 +1,12 @@
 """What a config stands for: model, data and formatting; trained and evaluated."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from alignx_jax.data.formatting import Formatting
@@ -16,30 +18,32 @@ from alignx_jax.data.rows import Regions
 from alignx_jax.data.splits import load_splits
 from alignx_jax.data.stream import mixing_rates
 from alignx_jax.data.tokenizers import Tokenizer, find_file, load_tokenizer
-from alignx_jax.evaluation.accuracy import (
-  PROTOCOLS,
-  Scorer,
-  evaluate_base,
-  evaluate_policy,
-  length_control,
-)
-from alignx_jax.evaluation.results import format_table, write_results
+from alignx_jax.evaluation.accuracy import PROTOCOLS
+from alignx_jax.evaluation.results import write_text
+from alignx_jax.models.bridge import BridgeParam, add_bridge
 from alignx_jax.models.decoder import Decoder
-from alignx_jax.models.lora import add_lora, split_trainable
+from alignx_jax.models.lora import LoraParam, add_lora, split_trainable
 from alignx_jax.models.presets import Architecture, get_architecture
 from alignx_jax.models.pretrained import load_decoder, read_architecture
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.preferences import PreferenceSpace, alignx_space
 from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
+from alignx_jax.training.bridge import SPACE, continue_bridge, label_sample, start_bridge
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.loop import TrainResult, train
-from alignx_jax.training.reference import LogProbs, cache_key, fingerprint
-from alignx_jax.training.run_config import check_run_config
-from alignx_jax.training.steps import param_shapes
+from alignx_jax.training.reference import cache_key, fingerprint
+from alignx_jax.training.run_config import check_run_config, run_config
+from alignx_jax.training.steps import count_dimensions, param_shapes
 
-# The condition that each objective trains on.
-OBJECTIVES = {"ica": "persona", "pba": "inferred"}
+# The condition that each objective trains on, by its bridge where it has one.
+CONDITIONS = {
+  ("ica", "text"): "persona",
+  ("ica", "head"): "persona",
+  ("pba", "text"): "inferred",
+  ("pba", "head"): "bridge",
+}
+OBJECTIVES = ("ica", "pba")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,29 +54,79 @@ class Experiment:
     model: the base, shapes alone: start of the policy and frozen reference.
     mesh: on which models lie.
     formatting: as the policy is trained.
+    workdir: of the run that this is of, where that is needed.
   """
 
   config: object
   model: Decoder
   mesh: Mesh
   formatting: Formatting
-  train: list[Example]
-  test: list[Example]
+  train: Sequence[Example]
+  validation: Sequence[Example]
+  test: Sequence[Example]
+  workdir: Path | None = None
 
-  def with_objective(self, name: str) -> "Experiment":
-    """The same model and data under another objective."""
+  def with_objective(self, name: str, *, bridge: str = "text") -> "Experiment":
+    """The same base and data under another objective, for PBA with a bridge of this kind."""
     config = self.config.copy_and_resolve_references()
-    config.objective.name = name
-    formatting = dataclasses.replace(self.formatting, condition=OBJECTIVES[name])
-    formatting = _with_regions(config, formatting)
-    return dataclasses.replace(self, config=config, formatting=formatting)
+    config.objective.name, config.bridge.kind = name, bridge
+    space, tokenizer = self.formatting.space, self.formatting.tokenizer
+    formatting = make_formatting(config, tokenizer, space)
+    platform = self.mesh.devices.flat[0].platform
+    dimensions = bridge_dimensions(config, space)
+    model = abstract_model(config, self.model.arch, platform=platform, dimensions=dimensions)
+    return dataclasses.replace(self, config=config, model=model, formatting=formatting)
 
   def load_base(self) -> nnx.State:
     """Parameters of the base on the mesh, with an adapter that changes nothing if there is one.
 
-    Read anew at each call: training gives them away.
+    A learned bridge starts from the phrases of its space; or all from config.bridge.start, a
+    trained run. Read anew at each call: training gives them away.
     """
-    return load_params(self.config, self.model, self.mesh)
+    params = load_params(self.config, self.model, self.mesh)
+    if not has_head(self.config):
+      return params
+    labels_XP = label_sample(self.train, self.formatting)
+    params = start_bridge(params, self.space, self.formatting.tokenizer, labels_XP)
+    if not self.config.bridge.start:
+      return params
+    start = self.of_run(self.config.bridge.start)
+    for name in ("lora.rank", "bridge.size"):
+      ours, theirs = (x.config.to_dict() for x in (self, start))
+      ours, theirs = (flatten_dict(x, sep=".")[name] for x in (ours, theirs))
+      if ours != theirs:
+        raise ValueError(f"config.{name} is {ours}; {start.workdir} has {theirs}: set it likewise.")
+    return continue_bridge(params, self.space, restored_params(start), start.space)
+
+  @property
+  def space(self) -> PreferenceSpace:
+    """The dimensions of the bridge, or of the records."""
+    return self.formatting.bridge_space or self.formatting.space
+
+  def of_run(self, workdir: str) -> "Experiment":
+    """The experiment that made a run with a learned bridge, on this one's mesh and data.
+
+    Raises:
+      FileNotFoundError: there is no such run.
+      ValueError: the run has no learned bridge, or its model is another.
+    """
+    config = run_config(base=self.config, workdir=Path(workdir))
+    if not has_head(config):
+      raise ValueError(
+        f"{workdir} is no run with a learned bridge: train there with config.objective.name 'pba' "
+        "and config.bridge.kind 'head'."
+      )
+    saved = PreferenceSpace.from_json(Path(workdir) / SPACE)
+    tokenizer, model = load_tokenizer_and_model(
+      config, platform=self.mesh.devices.flat[0].platform, dimensions=len(saved)
+    )
+    if model.arch != self.model.arch:
+      raise ValueError(f"{workdir} trained another model than {self.config.model.weights}.")
+    formatting = make_formatting(config, tokenizer, self.formatting.space)
+    formatting = dataclasses.replace(formatting, bridge_space=saved)
+    return dataclasses.replace(
+      self, config=config, model=model, formatting=formatting, workdir=Path(workdir)
+    )
 
 
 def load_experiment(config) -> Experiment:
@@ -81,45 +135,82 @@ def load_experiment(config) -> Experiment:
   Raises:
     FileNotFoundError, ValueError: what does not exist or fit, and the field to set.
   """
-  if config.objective.name not in OBJECTIVES:
-    raise ValueError(
-      f"No objective {config.objective.name!r}; set config.objective.name to "
-      f"{' or '.join(OBJECTIVES)}."
-    )
+  for field, value, known in (
+    ("objective.name", config.objective.name, OBJECTIVES),
+    ("bridge.kind", config.bridge.kind, ("text", "head")),
+  ):
+    if value not in known:
+      raise ValueError(f"config.{field} is {value!r}; set it to {' or '.join(known)}.")
   mesh = _make_mesh(config)
   check_sizes(config, mesh)
-  tokenizer, model = load_tokenizer_and_model(config, platform=mesh.devices.flat[0].platform)
+  space = data_space(config)
+  tokenizer, model = load_tokenizer_and_model(
+    config,
+    platform=mesh.devices.flat[0].platform,
+    dimensions=bridge_dimensions(config, space),
+  )
   meshes.param_shardings(nnx.state(model), mesh)  # raises where sizes do not divide
-  space = _space(config)
   splits = load_splits(config.data, space, seed=config.seed)
   formatting = make_formatting(config, tokenizer, space)
-  return Experiment(config, model, mesh, formatting, splits["train"], splits["test"])
+  return Experiment(config, model, mesh, formatting, **splits)
+
+
+def has_head(config) -> bool:
+  """Whether a config's policy reads P̃ through a learned bridge."""
+  return config.objective.name == "pba" and config.bridge.kind == "head"
 
 
 def make_formatting(config, tokenizer: Tokenizer, space: PreferenceSpace) -> Formatting:
   """How a config's examples become token ids when its policy is trained."""
+  sizes, head = config.regions, has_head(config)
   formatting = Formatting(
     tokenizer=tokenizer,
     space=space,
-    regions=Regions(config.regions.context, config.regions.response, config.regions.examples),
+    regions=Regions(
+      sizes.prompt if head else sizes.context,
+      sizes.response,
+      sizes.examples,
+      *((sizes.persona, sizes.parts) if head else ()),
+    ),
     chat=config.prompt.chat,
     prompt=config.prompt.format,
-    condition=OBJECTIVES[config.objective.name],
+    condition=CONDITIONS[config.objective.name, config.bridge.kind],
     history=HistoryPolicy(**config.history),
+    bridge_space=bridge_space(config) if head else None,
   )
   return _with_regions(config, formatting)
 
 
-def _space(config) -> PreferenceSpace:
-  """The dimensions that the directions of a config's records are of."""
+def data_space(config) -> PreferenceSpace:
+  """The dimensions that the directions of a config's records are of.
+
+  Raises:
+    ValueError: config.data.space is another than that of the data.
+  """
+  named = PreferenceSpace.from_json(config.data.space) if config.data.space else None
+  own = None
   if is_prepared(config.data.path):
-    return prepared_space(config.data.path)
-  return alignx_space()
+    own = prepared_space(config.data.path)
+  elif config.data.path == "simulated":
+    own = alignx_space()
+  if named and own:
+    own.check_same(named, "config.data.space")
+  return own or named or alignx_space()
+
+
+def bridge_space(config) -> PreferenceSpace | None:
+  """The dimensions of a config's learned bridge; None if they are the data's."""
+  return PreferenceSpace.from_json(config.bridge.space) if config.bridge.space else None
+
+
+def bridge_dimensions(config, space: PreferenceSpace) -> int:
+  """P of a config's learned bridge, given the data's space; 0 if it has none."""
+  return len(bridge_space(config) or space) if has_head(config) else 0
 
 
 def _with_regions(config, formatting: Formatting) -> Formatting:
   """The formatting with the proposed regions that config.regions.layout names, if any."""
-  if not config.regions.layout:
+  if not config.regions.layout or formatting.condition == "bridge":
     return formatting
   regions = proposed_regions(config.data.path, formatting, config.regions.layout)
   return dataclasses.replace(formatting, regions=regions)
@@ -163,11 +254,12 @@ def check_sizes(config, mesh: Mesh) -> None:
     )
 
 
-def abstract_model(config, arch, *, platform: str) -> Decoder:
+def abstract_model(config, arch, *, platform: str, dimensions: int = 0) -> Decoder:
   """A Decoder of shapes alone, as config.model and config.lora say.
 
   Args:
     platform: of the devices that it will run on.
+    dimensions: of its learned bridge; 0 for none.
   """
   attention = config.model.attention
   if attention == "auto":
@@ -183,11 +275,18 @@ def abstract_model(config, arch, *, platform: str) -> Decoder:
       attention=attention,
       block=config.model.attention_block,
     )
-    if config.lora.rank:
-      add_lora(model, rank=config.lora.rank, alpha=config.lora.alpha, rngs=nnx.Rngs(0))
+    _add_parts(config, model, dimensions, seed=0)
     return model
 
   return nnx.eval_shape(make)
+
+
+def _add_parts(config, model: Decoder, dimensions: int, *, seed: int) -> None:
+  """Gives a model what a config trains beside it: an adapter, a bridge."""
+  if config.lora.rank:
+    add_lora(model, rank=config.lora.rank, alpha=config.lora.alpha, rngs=nnx.Rngs(seed + 1))
+  if dimensions:
+    add_bridge(model, dimensions, size=config.bridge.size, rngs=nnx.Rngs(seed + 2))
 
 
 def load_params(config, model: Decoder, mesh: Mesh) -> nnx.State:
@@ -199,9 +298,7 @@ def load_params(config, model: Decoder, mesh: Mesh) -> nnx.State:
 
     def make():
       model_ = Decoder(model.arch, rngs=nnx.Rngs(config.seed), **options)
-      if config.lora.rank:
-        rngs = nnx.Rngs(config.seed + 1)
-        add_lora(model_, rank=config.lora.rank, alpha=config.lora.alpha, rngs=rngs)
+      _add_parts(config, model_, count_dimensions(model), seed=config.seed)
       return what(nnx.state(model_))
 
     return jax.jit(make, out_shardings=what(meshes.param_shardings(nnx.state(model), mesh)))()
@@ -211,9 +308,10 @@ def load_params(config, model: Decoder, mesh: Mesh) -> nnx.State:
     return initial(lambda state: state)
   shardings = lambda params: meshes.param_shardings(params, mesh)
   base = nnx.state(load_decoder(find_file(weights), shardings=shardings, **options))
-  if not config.lora.rank:
+  if not config.lora.rank and not count_dimensions(model):
     return base
-  return nnx.merge_state(base, initial(lambda state: split_trainable(state)[0]))
+  beside = lambda state: nnx.split_state(state, (LoraParam, BridgeParam), ...)[0]
+  return nnx.merge_state(base, initial(beside))
 
 
 def architecture(config, *, weights: bool = False) -> Architecture:
@@ -242,8 +340,13 @@ def architecture(config, *, weights: bool = False) -> Architecture:
   return arch
 
 
-def load_tokenizer_and_model(config, *, platform: str = "cpu") -> tuple[Tokenizer, Decoder]:
+def load_tokenizer_and_model(
+  config, *, platform: str = "cpu", dimensions: int = 0
+) -> tuple[Tokenizer, Decoder]:
   """The tokenizer of config.model and the base model, shapes alone.
+
+  Args:
+    dimensions: of its learned bridge; 0 for none.
 
   Raises:
     ValueError: the tokenizer does not fit the model, or the row is too long for it.
@@ -253,7 +356,7 @@ def load_tokenizer_and_model(config, *, platform: str = "cpu") -> tuple[Tokenize
     raise ValueError("config.model.weights is empty; set it to a model or 'preset:NAME'.")
   arch = architecture(config, weights=True)
   beside = "bytes" if weights.startswith("preset:") else find_file(weights)
-  model = abstract_model(config, arch, platform=platform)
+  model = abstract_model(config, arch, platform=platform, dimensions=dimensions)
   tokenizer = load_tokenizer(config.model.tokenizer or beside)
   # Models pad their vocabulary a little; one much larger belongs to another tokenizer.
   least = 0 if weights.startswith("preset:") else 0.9 * model.arch.vocab_size
@@ -272,7 +375,15 @@ def load_tokenizer_and_model(config, *, platform: str = "cpu") -> tuple[Tokenize
 
 
 def run_training(experiment: Experiment, workdir: Path) -> TrainResult:
-  """Trains as the config says; again resumes."""
+  """Trains as the config says; again resumes.
+
+  Raises:
+    ValueError: the workdir has a bridge of another space.
+  """
+  if has_head(experiment.config):
+    check_space(experiment, workdir)
+    if hosts.is_first():
+      write_text(workdir / SPACE, experiment.space.to_json())
   return train(
     experiment.config,
     workdir,
@@ -281,6 +392,12 @@ def run_training(experiment: Experiment, workdir: Path) -> TrainResult:
     mesh=experiment.mesh,
     loader=training_loader(experiment),
   )
+
+
+def check_space(experiment: Experiment, workdir: Path) -> None:
+  """Raises ValueError if the bridge that a workdir has is of another space."""
+  if (path := workdir / SPACE).exists():
+    experiment.space.check_same(PreferenceSpace.from_json(path), f"The bridge in {workdir}")
 
 
 def training_loader(experiment: Experiment) -> Loader:
@@ -305,65 +422,45 @@ def training_loader(experiment: Experiment) -> Loader:
   )
 
 
-def base_scorer(experiment: Experiment) -> Scorer:
-  """Scores of the untrained base on the test pairs."""
-  return _scorer(experiment, "base", experiment.load_base())
-
-
-def base_results(experiment: Experiment, base: Scorer, objectives) -> list[dict]:
-  """Rows of results.json that need no training: the length control and the base."""
-  return [length_control(experiment.test), *evaluate_base(base, objectives)]
-
-
-def policy_results(experiment: Experiment, params: nnx.State, base: Scorer) -> list[dict]:
-  """Rows of results.json of trained parameters, with their controls."""
-  name = experiment.config.objective.name
-  policy = _scorer(experiment, name, params)
-  return evaluate_policy(name, policy, base, protocols=experiment.config.eval.protocols)
-
-
-def evaluate_alone(experiment: Experiment, params: nnx.State) -> list[dict]:
-  """All rows of results.json for one run: controls, base and policy."""
-  base = base_scorer(experiment)
-  rows = base_results(experiment, base, [experiment.config.objective.name])
-  return rows + policy_results(experiment, params, base)
-
-
-def report_results(workdir: Path, results: list[dict]) -> None:
-  """Writes results.json and prints the table; of several processes the first does."""
-  if hosts.is_first():
-    write_results(workdir / "results.json", results)
-    print(format_table(results))
-
-
 def trained_params(experiment: Experiment, workdir: Path) -> nnx.State:
   """All parameters of the newest checkpoint of a run of this config.
 
   Raises:
     FileNotFoundError: there is none.
-    ValueError: another config made the run.
+    ValueError: another config made the run, or its bridge is of another space.
   """
-  checkpoints = Checkpoints(workdir, keep=1)
-  step = checkpoints.latest_step()
-  if step is None:
-    raise FileNotFoundError(f"{workdir} has no checkpoint; train there first.")
+  _newest_step(workdir)
+  check_space(experiment, workdir)
   base = experiment.load_base()
   key = cache_key(training_loader(experiment), experiment.model, fingerprint(base))
   check_run_config(experiment.config, workdir, f"{key}-{PACKING}")
-  trained, frozen = split_trainable(base)
-  shapes = split_trainable(param_shapes(experiment.model, experiment.mesh))[0]
-  del base, trained  # room for what is restored
-  trained = checkpoints.restore_params(step, shapes)
+  del base  # room for what is restored
+  return restored_params(dataclasses.replace(experiment, workdir=workdir))
+
+
+def restored_params(experiment: Experiment) -> nnx.State:
+  """All parameters of the newest checkpoint of an experiment's workdir.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  checkpoints, step = _newest_step(experiment.workdir)
+  alone = experiment.config.bridge.alone
+  trained, frozen = split_trainable(
+    param_shapes(experiment.model, experiment.mesh), bridge_alone=alone
+  )
+  if jax.tree.leaves(frozen):
+    base = load_params(experiment.config, experiment.model, experiment.mesh)
+    frozen = split_trainable(base, bridge_alone=alone)[1]
+    del base  # room for what is restored
+  trained = checkpoints.restore_params(step, trained)
   checkpoints.close()
   return nnx.merge_state(trained, frozen)
 
 
-def _scorer(experiment: Experiment, name: str, params: nnx.State) -> Scorer:
-  config = experiment.config
-  log_probs = LogProbs(
-    experiment.model, params, experiment.mesh, config.eval.rows, config.train.head_chunk
-  )
-  # Whatever the condition it trains on, a policy is compared with what reads the whole persona.
-  formatting = dataclasses.replace(experiment.formatting, condition="persona")
-  formatting = _with_regions(config, formatting)
-  return Scorer(name, log_probs, experiment.test, formatting, config.eval.rows)
+def _newest_step(workdir: Path) -> tuple[Checkpoints, int]:
+  checkpoints = Checkpoints(workdir, keep=1)
+  step = checkpoints.latest_step()
+  if step is None:
+    raise FileNotFoundError(f"{workdir} has no checkpoint; train there first.")
+  return checkpoints, step

@@ -16,13 +16,14 @@ flags.adopt_module_key_flags(command_line)
 def main(config, workdir):
   from alignx_jax import experiment as experiments
   from alignx_jax.evaluation.results import format_table
+  from alignx_jax.measuring import base_results, base_scorer
   from alignx_jax.training.pretraining import pretrain
 
   directory = pretrain(config, workdir)
   config.study.model.weights = str(directory)
   experiment = experiments.load_experiment(config.study)
-  base = experiments.base_scorer(experiment)
-  print(format_table(experiments.base_results(experiment, base, experiments.OBJECTIVES)))
+  base = base_scorer(experiment)
+  print(format_table(base_results(experiment, base, experiments.OBJECTIVES)))
 
 
 if __name__ == "__main__":

@@ -1,48 +1,94 @@
-"""The main job: one base aligned by ICA and by PBA, evaluated beside it, in one report.
+"""The main job: one base aligned by ICA and by PBA with both bridges, in one report.
 
   python -m alignx_jax.study --config=configs/study_simulated.py --workdir=runs/study
 
-The same command again resumes. Prints one table; writes results.json and report.html.
+The same command again resumes. Prints two tables; writes them as JSON, and report.html.
 """
 
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from alignx_jax import command_line
+from alignx_jax.personas.persona import HistoryPolicy
 
 flags.adopt_module_key_flags(command_line)
 
 
+RUNS = {"ica": ("ica", "text"), "pba": ("pba", "text"), "pba_head": ("pba", "head")}
+ACTS = (0, 1, 2)  # of a user, in the comparison where little is known
+
+
 def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
-  """Trains and evaluates every objective on the config's data.
+  """Trains and evaluates ICA, and PBA with both bridges, on the config's data.
 
   Args:
     command: what reproduces it, for the report.
   Returns:
-    The rows of results.json, which is written with report.html and accuracy.svg to `workdir`.
+    The rows of results.json, which is written with preferences.json, report.html and pictures to
+    `workdir`.
   """
   # Imported here, so that --help answers at once.
+  from alignx_jax import bridges, measuring
   from alignx_jax import experiment as experiments
+  from alignx_jax.evaluation import preference_pictures
+  from alignx_jax.evaluation.calibration import reliability
   from alignx_jax.evaluation.pictures import write_picture
   from alignx_jax.evaluation.report import write_report
   from alignx_jax.evaluation.results import write_results
   from alignx_jax.training.metrics import read_metrics
 
   experiment = experiments.load_experiment(config)
-  base = experiments.base_scorer(experiment)
-  results = experiments.base_results(experiment, base, experiments.OBJECTIVES)
-  curves = {}
-  for name in experiments.OBJECTIVES:
-    aligned = experiment.with_objective(name)
+  base = measuring.base_scorer(experiment)
+  results = measuring.base_results(experiment, base, ("ica", "pba"))
+  curves, policies = {}, {}
+  for name, (objective, bridge) in RUNS.items():
+    aligned = experiment.with_objective(objective, bridge=bridge)
+    if bridge == "head":  # whose rows hold more examples
+      aligned.config.train.rows = config.study.head_rows
     params = experiments.run_training(aligned, workdir / name).params
-    results += experiments.policy_results(aligned, params, base)
+    policies[name] = measuring.policy_scorer(aligned, params, workdir / name)
+    results += measuring.policy_results(aligned, policies[name], base)
     curves[name] = read_metrics(workdir / name)
+  head = policies["pba_head"]
+
+  # P̃ of the learned bridge, told as text to the policy that reads text.
+  temperature = bridges.temperature_of(aligned, params, workdir / "pba_head")
+  threshold = config.bridge.threshold
+  told = bridges.profiled(
+    aligned, params, experiment.test, temperature=temperature, threshold=threshold
+  )
+  results += measuring.told_results("pba", policies["pba"], base, told)
+
+  for acts in ACTS:
+    history = HistoryPolicy("fixed", acts)
+    few = measuring.bridge_scorer(aligned, params, workdir / "pba_head", history=history)
+    results += measuring.few_acts_results("ica", policies["ica"], base, acts)
+    results += measuring.few_acts_results("pba_head", few, base, acts)
 
   write_results(workdir / "results.json", results)
   write_picture(workdir / "accuracy.svg", results)
+  inferred_XPK = head.inferred_XPK
+  preferences = bridges.preference_rows(aligned, inferred_XPK)
+  pictures = []
+  if preferences:
+    write_results(workdir / "preferences.json", preferences)
+    labels_XP = bridges.directions_of(aligned, experiment.test)
+    labels_XP[~np.isfinite(inferred_XPK).all(axis=(1, 2))] = np.nan
+    groups = {
+      group: reliability(inferred_XPK, labels_XP, dimensions=dimensions)
+      for group, dimensions in aligned.space.groups.items()
+    }
+    one = {"space": aligned.space, "probabilities_PK": inferred_XPK[0], "truth_P": labels_XP[0]}
+    preference_pictures.write_preference_chart(workdir / "preferences.svg", **one)
+    pictures = [
+      ("One simulated test user, as P̃", preference_pictures.preference_chart(**one)),
+      ("How well P̃ is inferred", preference_pictures.preference_table(preferences)),
+      ("Is it as often so as P̃ says", preference_pictures.reliability_diagram(groups)),
+    ]
   write_report(
     workdir / "report.html",
     title="Aligning to each user: ICA and PBA",
@@ -53,6 +99,7 @@ def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
     command=command,
     versions={name: version(name) for name in ("alignx_jax", "jax", "flax", "optax", "grain")},
     sections=[_one_user(experiment)] if config.data.path == "simulated" else [],
+    pictures=pictures,
   )
   return results
 
@@ -65,9 +112,10 @@ def _summary(results: list[dict]) -> str:
 
   return (
     f"On users never seen in training, the policy that reads the persona (ICA) prefers the "
-    f"user's choice in {percent('ica', 'persona', 'matched')} of pairs and the one that reads "
-    f"inferred preferences (PBA) in {percent('pba', 'inferred', 'matched')}; the untrained base "
-    f"reaches {percent('base', 'persona', 'unconditioned')} from the persona."
+    f"user's choice in {percent('ica', 'persona', 'matched')} of pairs, the one that reads "
+    f"preferences averaged from labels (PBA) in {percent('pba', 'inferred', 'matched')}, and the "
+    f"one that infers them without labels in {percent('pba_head', 'inferred', 'matched')}; the "
+    f"untrained base reaches {percent('base', 'persona', 'unconditioned')} from the persona."
   )
 
 
@@ -82,16 +130,21 @@ def _one_user(experiment) -> tuple[str, list[str]]:
   profile = infer_profile(example, example.persona, experiment.formatting.space)
   return "One simulated test user", [
     *lines,
-    f"Inferred P̃: {profile}",
+    f"P̃ by the labels of the history: {profile}",
     f"Test post: “{example.post}” Chosen: {example.chosen} Rejected: {example.rejected}",
   ]
 
 
 def main(config, workdir):
+  import json
+
+  from alignx_jax.evaluation.calibration import format_preference_table
   from alignx_jax.evaluation.results import format_table
 
   command = " ".join(["python -m alignx_jax.study", *sys.argv[1:]])
   print(format_table(run_study(config, workdir, command=command)))
+  if (path := workdir / "preferences.json").exists():
+    print(f"\n{format_preference_table(json.loads(path.read_text(encoding='utf-8')))}")
   print(f"\nReport: {workdir / 'report.html'}")
 
 

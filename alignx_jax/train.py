@@ -16,13 +16,15 @@ _EVALUATE = flags.DEFINE_bool("evaluate", True, "Evaluate after training.")
 def main(config, workdir):
   # Imported here, so that --help answers at once.
   from alignx_jax import experiment as experiments
+  from alignx_jax.bridges import told_by
+  from alignx_jax.measuring import measure
   from alignx_jax.training import hosts
 
   hosts.connect()
-  experiment = experiments.load_experiment(config)
+  experiment = told_by(experiments.load_experiment(config))
   result = experiments.run_training(experiment, workdir)
   if _EVALUATE.value:
-    experiments.report_results(workdir, experiments.evaluate_alone(experiment, result.params))
+    measure(experiment, result.params, workdir)
 
 
 if __name__ == "__main__":

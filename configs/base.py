@@ -38,11 +38,13 @@ def get_config() -> ConfigDict:
   config.prompt.format = "default"  # personas/prompt_formats.json
 
   config.data = ConfigDict()
+  config.data.space = ""  # JSON of the poles that the records are labelled in; empty: AlignX's
   # A JSON list of records in the published schema, a directory that prepare_data.py wrote, or
   # "simulated".
   config.data.path = ""
   config.data.train_records = config_dict.placeholder(int)  # None: all; simulated: required
   config.data.test_records = config_dict.placeholder(int)  # likewise
+  config.data.validation_records = 500  # the most on which a head's P̃ is calibrated
   config.data.test_share = 0.5  # of posts, for a JSON list
   # Above 1 the small sources of a prepared set come more often: shares ∝ size^(1/temperature).
   config.data.temperature = 1.0
@@ -63,10 +65,36 @@ def get_config() -> ConfigDict:
   config.regions.context = 1024
   config.regions.response = 256
   config.regions.examples = 16
+  # With a learned bridge instead of `context`: its prompts, without the persona, and personas.
+  config.regions.prompt = 512
+  config.regions.persona = 1024
+  config.regions.parts = 64  # the most acts and other parts of personas in a row
 
   config.objective = ConfigDict()
   config.objective.name = "ica"  # "ica": π(y|x,P); "pba": π(y|x,P̃)
   config.objective.beta = 0.1  # DPO's β, per nat
+
+  # What stands between persona and response in PBA.
+  config.bridge = ConfigDict()
+  # "text": P̃ of the history's labels, as text; "head": inferred by a learned head, as tokens.
+  config.bridge.kind = "text"
+  # For "text": workdir of a run whose head infers P̃ instead of the labels.
+  config.bridge.inferred_by = ""
+  config.bridge.threshold = 0.3  # probability from which such a pole is stated
+  config.bridge.space = ""  # JSON of the poles of the head; empty: the data's space
+  config.bridge.start = ""  # workdir of a run whose model and bridge this one starts from
+  config.bridge.size = 128  # A, width of the head's queries and keys
+  config.bridge.learning_rate = 1e-2  # peak, of the bridge's own parameters
+  config.bridge.label_weight = 0.3  # λ, of the head's cross-entropy, in nats a person
+  config.bridge.act_weight = 1.0  # relative to it, of that of each act with its own directions
+  config.bridge.balance = 0.5  # directions weigh frequency^-balance in it: 0 none, 1 whole
+  # Share of labelled examples whose policy reads the label, at the first step and from this
+  # share of the steps on.
+  config.bridge.forcing = (1.0, 0.0)
+  config.bridge.forcing_share = 0.8
+  config.bridge.dpo_gradient = True  # the DPO loss trains the head too
+  config.bridge.alone = False  # train the bridge beside a frozen model
+  config.bridge.new_only = False  # and of it the dimensions alone that bridge.start has not
 
   config.reference = ConfigDict()
   # "cached": log-probs computed once and kept; "online": computed in each step by the policy

@@ -5,6 +5,8 @@
 Runs on a laptop without an accelerator; the README shows what it printed.
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
@@ -18,9 +20,15 @@ def get_config():
   config.history.policy = "all"
   config.regions.context = 640
   config.regions.response = 96
-  config.regions.examples = 4
+  config.regions.examples = 3
+  # With a learned bridge: three examples to a row of 1,422 tokens.
+  config.regions.prompt = 96
+  config.regions.persona = 864
+  config.regions.parts = 30
   config.objective.beta = 0.1
   config.optimizer.learning_rate = 5e-4
   config.train.rows = 4
   config.train.checkpoint_every = 100
+  with config.unlocked():
+    config.study = ConfigDict({"head_rows": 1})  # train.rows with a learned bridge
   return config

@@ -64,7 +64,7 @@ class _LogProbs:
 
   def __call__(self, rows):
     score_BE = self._score(np.maximum(rows.example_BE, 0).astype(np.float32))
-    return np.stack([score_BE, -score_BE], axis=1), rows.example_BE
+    return np.stack([score_BE, -score_BE], axis=2), rows.example_BE
 
 
 def _accuracies(results):

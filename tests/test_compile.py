@@ -14,11 +14,11 @@ import jax
 import pytest
 from flax import nnx
 
-from alignx_jax.ahead import hlo
-from alignx_jax.ahead.advice import advise
+from alignx_jax.ahead import flops, hlo
+from alignx_jax.ahead.advice import advise, sizes
 from alignx_jax.ahead.chips import CHIPS, GIB, Topology, parse_topology
-from alignx_jax.ahead.compiling import compile_programs
-from alignx_jax.ahead.costs import Collective, Costs
+from alignx_jax.ahead.compiling import compile_programs, kernel_flops
+from alignx_jax.ahead.costs import Collective, Costs, Kernel
 from alignx_jax.ahead.report import (
   ALIGNX_EXAMPLES,
   Work,
@@ -30,6 +30,7 @@ from alignx_jax.ahead.report import (
 from alignx_jax.data.rows import Regions
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.presets import get_architecture
+from alignx_jax.training.mesh import make_mesh
 from configs import base, ica_llama31_8b
 from tests.test_readme import COMMANDS, ROOT
 
@@ -45,6 +46,14 @@ def tiny(**mesh):
   config.train.rows, config.train.accumulation, config.eval.rows = 8, 2, 8
   config.train.head_chunk = 32
   config.mesh.update(mesh)
+  return config
+
+
+def tiny_bridged(**mesh):
+  config = tiny(**mesh)
+  config.objective.name, config.bridge.kind, config.bridge.size = "pba", "head", 16
+  # With 4 · 90 bridge tokens the policy's rows are 768 positions long, personas' are 384.
+  config.regions.prompt, config.regions.persona, config.regions.parts = 152, 384, 16
   return config
 
 
@@ -105,6 +114,45 @@ def test_heads_and_positions_that_are_split_split_the_work(whole, mesh):
   ratio = reports["train"]["executed_flops_per_chip"] / whole["train"]["executed_flops_per_chip"]
   assert 0.7 < ratio < 1.5
   assert sum(reports["train"]["kernel_calls"].values()) >= 3 * get_architecture("tiny8").layers
+
+
+@pytest.mark.parametrize("mesh", [{}, {"tensor": 2}, {"context": 2}])
+def test_a_learned_bridge_infers_and_is_read(mesh):
+  reports = compile_programs(tiny_bridged(**mesh), parse_topology("v5e:2x2"))
+  assert list(reports) == ["train", "reference", "evaluation", "inference"]
+  arch, regions = get_architecture("tiny8"), Regions(152, 128, 4, persona=384, parts=16)
+  bridge = flops.BridgeSizes(dimensions=90, size=16)
+  needed = {
+    "train": flops.train_flops(arch, regions, 8, bridge=bridge),
+    "reference": flops.forward_flops(arch, regions, 8),
+    "evaluation": flops.forward_flops(arch, regions, 8, bridge),
+    "inference": flops.infer_flops(arch, regions, 8, bridge),
+  }
+  calls = arch.layers
+  for name, lengths in {
+    "train": {768: 2 * 3 * calls, 384: 2 * 3 * calls},  # of two parts; forward, dq, dkv
+    "reference": {512: calls},  # 408 in whole blocks
+    "evaluation": {768: calls},
+    "inference": {384: calls},
+  }.items():
+    report = reports[name]
+    assert report["fits"]
+    assert report["needed_flops_per_chip"] * 4 == needed[name]
+    found = Counter()
+    for kernel, count in report["kernel_calls"].items():
+      found[int(kernel.rstrip("]").rpartition("[")[2])] += count
+    assert found == lengths
+    assert 1 < report["executed_over_needed_flops"] < 4  # of which much is blocks' empty halves
+  assert "other_model" in reports["inference"]["memory_gib"]
+
+
+def test_a_bridge_that_is_trained_alone_needs_no_gradients_of_what_it_reads():
+  config = tiny_bridged()
+  config.bridge.alone = True
+  train = compile_programs(config, parse_topology("v5e:2x2"))["train"]
+  assert train["executed_over_needed_flops"] > 1
+  backward = [kernel for kernel in train["kernel_calls"] if "_dq_" in kernel]
+  assert backward == ["splash_mha_dq_segmented_no_residuals[768]"]  # not of personas, 384 long
 
 
 def test_slices_exchange_gradients_over_the_data_centre_network():
@@ -183,11 +231,32 @@ def test_the_largest_bound_is_the_step():
 
 
 def test_kernels_add_their_flops_and_unknown_ones_are_refused():
-  costs = Costs(flops=1e12, kernels=Counter({"splash_mha_dq_segmented": 3, "splash_mha_fwd": 2}))
-  found = report(costs, kernels={"fwd": 1e12, "dq": 2e12, "dkv": 5e12})
-  assert found["executed_flops_per_chip"] == 1e12 + 2 * 1e12 + 3 * 2e12
-  with pytest.raises(ValueError, match="'splash_mha_dq_segmented' are not told"):
-    report(costs, kernels={"fwd": 1e12})
+  dq, fwd, long = (
+    Kernel("splash_mha_dq_segmented", 512),
+    Kernel("splash_mha_fwd", 512),
+    Kernel("splash_mha_fwd", 1024),
+  )
+  costs = Costs(flops=1e12, kernels=Counter({dq: 3, fwd: 2, long: 5}))
+  told = {("fwd", 512): 1e12, ("fwd", 1024): 4e12, ("dq", 512): 2e12, ("dkv", 512): 5e12}
+  found = report(costs, kernels=told)
+  assert found["executed_flops_per_chip"] == 1e12 + 3 * 2e12 + 2 * 1e12 + 5 * 4e12
+  assert found["kernel_calls"]["splash_mha_fwd[1024]"] == 5
+  with pytest.raises(ValueError, match=r"'splash_mha_dq_segmented\[512\]' are not told"):
+    report(costs, kernels={key: value for key, value in told.items() if key[0] == "fwd"})
+
+
+def test_rows_of_two_shapes_with_as_many_keys_are_told_by_their_mean():
+  model = Decoder(get_architecture("tiny8"), rngs=nnx.Rngs(0), attention="splash", block=256)
+  mesh = make_mesh(None, jax.devices()[:1])
+  causal, packed = Regions(1024, 0, 4), Regions(512, 256, 4)
+  short, sums = Regions(512, 0, 4), Counter()
+  for passes in ([causal], [packed]):
+    sums.update(kernel_flops(model, passes, 2, mesh))
+  assert sums["fwd", 1024] > 0
+  both = kernel_flops(model, [causal, packed, short], 2, mesh)
+  assert {key: 2 * count for key, count in both.items() if key[1] == 1024} == sums
+  apart = kernel_flops(model, [short], 2, mesh)
+  assert {key: count for key, count in both.items() if key[1] == 512} == apart
 
 
 def test_memory_is_the_peak_and_the_code():
@@ -256,6 +325,14 @@ def advice(mesh, **fields):
 def test_what_fits_needs_no_advice():
   config, arch = base.get_config(), get_architecture("tiny8")
   assert advise({"fits": True}, config, arch, Regions(1, 1, 1), {}) == []
+
+
+def test_a_persona_region_adds_to_what_layers_keep_and_not_to_the_widest_layer():
+  config, arch = base.get_config(), get_architecture("llama31_8b")
+  mesh = {"replica": 1, "fsdp": 64, "tensor": 1, "context": 1}
+  plain = sizes(config, arch, Regions(1024, 512, 8), mesh)
+  bridged = sizes(config, arch, Regions(1024, 512, 8, persona=4096, parts=64), mesh)
+  assert bridged.residuals == 3 * plain.residuals and bridged.layer == 2 * plain.layer
 
 
 def test_rows_are_taken_in_parts_while_there_are_several():

@@ -1,5 +1,6 @@
 """FLOPs by formula, against compiled programs and against the kernels themselves."""
 
+import dataclasses
 import os
 
 import jax
@@ -15,9 +16,12 @@ from alignx_jax.ahead import flops
 from alignx_jax.ahead.chips import parse_topology
 from alignx_jax.ahead.costs import program_costs
 from alignx_jax.data.rows import Regions, Rows
+from alignx_jax.models.bridge import VALUES, add_bridge, infer
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.presets import Architecture, get_architecture
 from alignx_jax.objectives.log_probs import response_log_probs
+from alignx_jax.objectives.pba import BridgeObjective, bridged_log_probs
+from alignx_jax.training.steps import row_shapes
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -59,10 +63,11 @@ def compiled_costs(device, *, train=False, **options):
   )
 
 
-def dense_attention():
-  """What attention.py computes beyond what the mask needs, when the context is one block."""
-  C, R = REGIONS.context, REGIONS.response
-  pairs = C * C + 2 * R * C + 2 * R * R
+def dense_attention(regions=REGIONS):
+  """What attention.py computes beyond what the mask needs, in blocks of 256."""
+  C, R = regions.context, regions.response
+  pairs = sum((min(s + 256, C) - s) * min(s + 256, C) for s in range(0, C, 256))
+  pairs += 2 * R * C + 2 * R * R
   needed = C * (C + 1) / 2 + 2 * R * C + R * (R + 1)
   return ROWS * 4 * ARCH.layers * ARCH.heads * ARCH.head_width * (pairs - needed)
 
@@ -102,6 +107,91 @@ def test_frozen_weights_and_an_online_reference_change_what_a_step_needs():
   frozen = flops.train_flops(ARCH, REGIONS, ROWS, frozen=True)
   assert 2 * forward < frozen < needed
   assert flops.train_flops(ARCH, REGIONS, ROWS, frozen=True, online=True) == frozen + forward
+
+
+# ------------------------------------------------------------------ a learned bridge
+
+BRIDGE = flops.BridgeSizes(dimensions=8, size=128)
+BRIDGED = Regions(context=224, response=128, examples=4, persona=256, parts=8)
+OBJECTIVE = BridgeObjective(
+  label_weight=0.1,
+  act_weight=1.0,
+  class_weights=(1.0, 1.0, 1.0),
+  forcing=(0.0, 0.0),
+  forcing_steps=1.0,
+  dpo_gradient=True,
+  seed=0,
+)
+
+
+def bridged_costs(device, program, **given):
+  """Costs of program(model, rows) on one v5e."""
+
+  def make():
+    model = Decoder(ARCH, rngs=nnx.Rngs(0), compute_dtype="bfloat16", remat=False)
+    add_bridge(model, BRIDGE.dimensions, size=BRIDGE.size, rngs=nnx.Rngs(1))
+    return model
+
+  graph, params = nnx.split(nnx.eval_shape(make))
+  mesh = Mesh(device.mesh.devices.reshape(1, 1), ("replica", "fsdp"))
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+  rows = row_shapes(BRIDGED, ROWS, mesh, dimensions=BRIDGE.dimensions, **given)
+  given = jax.tree.map(place, (params, rows))
+  compiled = jax.jit(lambda params, rows: program(graph, params, rows)).lower(*given).compile()
+  return program_costs(compiled.as_text())
+
+
+def membership():
+  """What the head's sums over parts cost as matrix products beyond what they need."""
+  U, X, E, P, V = BRIDGED.persona, BRIDGED.parts, BRIDGED.examples, BRIDGE.dimensions, VALUES
+  return ROWS * 2 * 2 * P * (1 + V) * (U * (X - 1) + X * E)
+
+
+def test_inferring_preferences_executes_what_the_formula_says(device):
+  program = lambda graph, params, rows: infer(nnx.merge(graph, params), rows.personas)[0]
+  executed = bridged_costs(device, program)
+  needed = flops.infer_flops(ARCH, BRIDGED, ROWS, BRIDGE)
+  expected = needed + dense_attention(flops.persona_rows(BRIDGED)) + membership()
+  assert executed.flops == pytest.approx(expected, rel=1e-4)
+  # Of which the head is enough to be seen.
+  decoder = flops.forward_flops(ARCH, flops.persona_rows(BRIDGED), ROWS)
+  assert needed - decoder > 0.01 * needed
+
+
+def test_scoring_with_given_preferences_executes_what_the_formula_says(device):
+  def score(graph, params, rows):
+    return response_log_probs(nnx.merge(graph, params), rows, rows.preferences_BEPK, chunk=64)
+
+  needed = flops.forward_flops(ARCH, BRIDGED, ROWS, BRIDGE)
+  told = flops.bridged(BRIDGED, BRIDGE.dimensions)
+  assert told.layout == BRIDGED.layout + 4 * 8
+  executed = bridged_costs(device, score, given=True).flops
+  assert executed == pytest.approx(needed + dense_attention(told), rel=1e-4)
+
+
+def test_training_a_bridge_executes_three_times_as_much(device):
+  def loss(params, graph, rows):
+    log_probs, head_loss, _ = bridged_log_probs(
+      nnx.merge(graph, params), rows, OBJECTIVE, 0, chunk=64
+    )
+    return (log_probs**2).sum() + head_loss.sum()
+
+  gradient = lambda graph, params, rows: jax.grad(loss)(params, graph, rows)
+  needed = flops.train_flops(ARCH, BRIDGED, ROWS, bridge=BRIDGE)
+  shapes = flops.bridged(BRIDGED, BRIDGE.dimensions), flops.persona_rows(BRIDGED)
+  again = 2 * ARCH.width * ARCH.vocab_size * 2 * BRIDGED.response * ROWS
+  expected = needed + again + 3 * (sum(map(dense_attention, shapes)) + membership())
+  assert bridged_costs(device, gradient).flops == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_bridge_trained_alone_and_an_adapter_beside_it_change_what_a_step_needs():
+  needed = lambda **options: flops.train_flops(ARCH, BRIDGED, ROWS, **options)
+  alone = dataclasses.replace(BRIDGE, alone=True)
+  assert needed(bridge=alone) < needed(bridge=BRIDGE, frozen=True) < needed(bridge=BRIDGE)
+  assert needed(bridge=alone, frozen=True) == needed(bridge=alone)
+  # The reference reads the prompt alone.
+  online = needed(bridge=BRIDGE, frozen=True, online=True) - needed(bridge=BRIDGE, frozen=True)
+  assert online == flops.forward_flops(ARCH, BRIDGED, ROWS)
 
 
 # ------------------------------------------------------------------ the splash kernels
@@ -186,8 +276,9 @@ def test_a_fused_backward_pass_is_one_kernel():
 def test_kernels_in_a_program_are_counted_in_loops(device):
   kernels = compiled_costs(device, train=True, attention="splash", block=256).kernels
   calls = {part: 0 for part in flops.SPLASH_PRODUCTS}
-  for name, count in kernels.items():
-    (part,) = [part for part in calls if f"_{part}_" in f"{name}_"]
+  for kernel, count in kernels.items():
+    assert kernel.length == REGIONS.layout
+    (part,) = [part for part in calls if f"_{part}_" in f"{kernel.name}_"]
     calls[part] += count
   assert calls["dq"] == calls["dkv"] == ARCH.layers
   assert calls["fwd"] in (ARCH.layers, 2 * ARCH.layers)  # again, if its results are not kept

@@ -116,6 +116,8 @@ def test_the_ragged_last_batch_is_filled_with_empty_rows(users):
   empty_B = ~(batches[-1].example_BE >= 0).any(axis=1)
   np.testing.assert_array_equal(empty_B, [False] * 4 + [True] * 3)  # 25 = 3 · 7 + 4
   for name, array in batches[-1]._asdict().items():
+    if array is None:  # of a learned bridge, which there is not
+      continue
     assert (array[empty_B] == (-1 if name == "example_BE" else 0)).all(), name
 
 

@@ -14,13 +14,14 @@ from tests.processes import run_together
 SIZES = [(1, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 4, 1, 1), (1, 4, 1, 2), (1, 2, 2, 2)]
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-  """One step on each of SIZES, in a process of eight devices."""
+@pytest.fixture(scope="module", params=["ica", "pba"])
+def steps(request, tmp_path_factory):
+  """An objective, and one step of it on each of SIZES, in a process of eight devices."""
   path = tmp_path_factory.mktemp("steps") / "steps.npz"
   numbers = [n for sizes in SIZES for n in sizes]
-  run_together(["-m", "tests.one_step", path, *numbers], processes=1, devices=8)
-  return dict(np.load(path))
+  arguments = ["-m", "tests.one_step", path, request.param, *numbers]
+  run_together(arguments, processes=1, devices=8, timeout=600)
+  return request.param, dict(np.load(path))
 
 
 def of_mesh(arrays, i):
@@ -38,14 +39,16 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("i", range(1, len(SIZES)))
 def test_one_step_is_the_same_on_every_mesh(steps, i):
-  assert_close(of_mesh(steps, i), of_mesh(steps, 0))
+  _, arrays = steps
+  assert_close(of_mesh(arrays, i), of_mesh(arrays, 0))
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1, 1), (1, 2, 2, 1)])
 def test_two_processes_of_two_devices_make_the_same_step(steps, tmp_path, sizes):
+  objective, arrays = steps
   path = tmp_path / "two.npz"
-  run_together(["-m", "tests.one_step", path, *sizes], processes=2, devices=2)
-  assert_close(of_mesh(dict(np.load(path)), 0), of_mesh(steps, 0))
+  run_together(["-m", "tests.one_step", path, objective, *sizes], processes=2, devices=2)
+  assert_close(of_mesh(dict(np.load(path)), 0), of_mesh(arrays, 0))
 
 
 @pytest.mark.parametrize("name", PRESETS)

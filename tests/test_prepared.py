@@ -12,6 +12,7 @@ from alignx_jax.data.alignx import get_config
 from alignx_jax.data.prepared import open_prepared
 from alignx_jax.data.preparing import prepare
 from alignx_jax.data.proposals import write_proposals
+from alignx_jax.measuring import measure
 from alignx_jax.personas.simulator import simulate_record
 from alignx_jax.training.reference import cache_key
 from configs import base
@@ -90,7 +91,8 @@ def test_a_run_on_a_prepared_set_resumes_and_evaluates(config, tmp_path):
   config.eval.rows, config.data.test_records = 2, 2
   experiment = experiments.load_experiment(config)
   params = experiments.run_training(experiment, tmp_path).params
-  rows = experiments.evaluate_alone(experiment, params)
+  measure(experiment, params, tmp_path)
+  rows = json.loads((tmp_path / "results.json").read_text())
   assert {row["policy"] for row in rows} == {"length", "base", "ica"}
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 

@@ -57,12 +57,17 @@ def direction_at(index, value):
   return [0.5] * index + [value] + [0.5] * (89 - index)
 
 
+ANOTHER_SPACE = (
+  "the preference space 'alignx' has 90: set config.data.space to the space that the records "
+  "were labelled in"
+)
 BAD = [
   *[((field,), (), "is missing", "add it") for field in ("prompt", "chosen", "rejected")],
   ((COMMENTS, 1, "comment"), (), "is missing", "add it"),
   ((PAIRS, 0, "rejected"), (), "is missing", "add it"),
-  ((DIRECTIONS,), ([0.5] * 89,), "has 89 values", "90"),
-  ((COMMENTS, 0, DIRECTIONS), ([],), "has 0 values", "90"),
+  ((DIRECTIONS,), ([0.5] * 91,), "has 91 values", ANOTHER_SPACE),
+  ((DIRECTIONS,), ([0.5] * 89,), "has 89 values", ANOTHER_SPACE),
+  ((COMMENTS, 0, DIRECTIONS), ([],), "has 0 values", ANOTHER_SPACE),
   ((DIRECTIONS,), (direction_at(3, 0.3),), "has 0.3 at index 3", "use 0, 0.5 or 1"),
   ((DIRECTIONS,), (direction_at(0, True),), "has True at index 0", "use 0, 0.5 or 1"),
   ((DIRECTIONS,), (direction_at(89, math.nan),), "has nan at index 89", "use 0, 0.5 or 1"),

@@ -12,9 +12,11 @@ from configs import study_simulated
 def finished(tmp_path_factory):
   config = study_simulated.get_config()
   config.model.weights = "preset:tiny"
-  config.data.update(train_records=6, test_records=4)
+  config.data.update(train_records=6, validation_records=4, test_records=4)
   config.regions.update(context=2048, response=256, examples=2)
+  config.regions.update(prompt=256, persona=1536, parts=24)
   config.train.update(rows=2, devices=1)
+  config.study.head_rows = 2
   config.eval.rows = 2
   workdir = tmp_path_factory.mktemp("study")
   return config, workdir, study.run_study(config, workdir, command="python -m alignx_jax.study")
@@ -34,8 +36,14 @@ def test_every_policy_condition_and_protocol_is_measured(finished):
       for condition in ("inferred", "golden", "shuffled")
       for protocol in three
     ),
-    ("ica", "none", "matched"),
-    ("pba", "none", "matched"),
+    *(
+      ("pba_head", condition, protocol)
+      for condition in ("inferred", "golden", "shuffled")
+      for protocol in ("matched", "release")
+    ),
+    *((policy, "none", "matched") for policy in ("ica", "pba", "pba_head")),
+    ("pba", "profile", "matched"),
+    *((policy, f"{n} acts", "matched") for policy in ("ica", "pba_head") for n in range(3)),
   }
   assert len(found) == len(results)
   for row in results:
@@ -43,14 +51,18 @@ def test_every_policy_condition_and_protocol_is_measured(finished):
     assert row["examples"] == 4
 
 
-def test_a_report_a_picture_and_both_runs_are_left_behind(finished):
+def test_a_report_pictures_and_all_runs_are_left_behind(finished):
   _, workdir, _ = finished
   report = (workdir / "report.html").read_text(encoding="utf-8")
   assert "One simulated test user" in report and report.count("<svg") > 3
-  assert (workdir / "accuracy.svg").read_text(encoding="utf-8").startswith("<svg")
-  for name in ("ica", "pba"):
+  for picture in ("accuracy.svg", "preferences.svg"):
+    assert (workdir / picture).read_text(encoding="utf-8").startswith("<svg")
+  for name in ("ica", "pba", "pba_head"):
     assert (workdir / name / "metrics.jsonl").exists()
-    assert json.loads((workdir / name / "config.json").read_text())["objective"]["name"] == name
+    saved = json.loads((workdir / name / "config.json").read_text())
+    assert (saved["objective"]["name"], saved["bridge"]["kind"]) == study.RUNS[name]
+  predictors = [row["predictor"] for row in json.loads((workdir / "preferences.json").read_text())]
+  assert predictors == ["head", "frequencies", "labels averaged", "labels hidden", "majority"]
 
 
 def test_the_same_study_again_gives_the_same_results(finished):

@@ -200,10 +200,10 @@ def test_more_steps_than_the_data_has_is_refused(config, tmp_path):
 def test_warm_up_starts_above_zero_ends_at_the_peak_and_can_be_turned_off():
   settings = base.get_config().optimizer
   settings.learning_rate = 1.0
-  rate = optimizer.learning_rate(settings, 100)
+  rate = optimizer.learning_rate(settings, 100, settings.learning_rate)
   np.testing.assert_allclose([rate(i) for i in (0, 4, 9, 10, 100)], [0.1, 0.5, 1, 1, 0.1], 1e-6)
   settings.warmup_share = 0.0
-  np.testing.assert_allclose(optimizer.learning_rate(settings, 100)(0), 1.0)
+  np.testing.assert_allclose(optimizer.learning_rate(settings, 100, settings.learning_rate)(0), 1.0)
 
 
 def test_another_prompt_architecture_or_type_has_another_cache_key(config, monkeypatch):

@@ -36,6 +36,7 @@ def sizes(config: Any, arch: Architecture, regions: Regions, mesh: Mapping[str, 
   """Sizes of a training step.
 
   Args:
+    regions: with the positions that a learned bridge adds to the context (flops.bridged).
     mesh: devices along each axis, `mesh.shape`.
   """
   D, F, V = arch.width, arch.feed_forward, arch.vocab_size
@@ -45,13 +46,14 @@ def sizes(config: Any, arch: Architecture, regions: Regions, mesh: Mapping[str, 
   shards = mesh["fsdp"] * mesh["tensor"] * mesh["context"]
   stored, computed = BYTES[config.model.param_dtype], BYTES[config.model.compute_dtype]
   rows = config.train.rows / config.train.accumulation / (mesh["replica"] * mesh["fsdp"])
-  positions = rows * regions.layout / mesh["context"]
+  kept = rows * (regions.layout + regions.persona) / mesh["context"]
+  positions = rows * max(regions.layout, regions.persona) / mesh["context"]
   trained = 0 if config.lora.rank else parameters / shards
   chunk = min(config.train.head_chunk, regions.response)
   return Sizes(
     parameters=parameters / shards * stored / GIB,
     state=(parameters / shards * stored + trained * 12) / GIB,
-    residuals=arch.layers * positions * D * computed / GIB,
+    residuals=arch.layers * kept * D * computed / GIB,
     layer=positions * (4 * D + (attention + 3 * F) / mesh["tensor"]) * computed / GIB,
     logits=2 * rows * 2 * chunk / mesh["context"] * V / mesh["tensor"] * 4 / GIB,
     gathered=(layer + V * D) / mesh["tensor"] * computed / GIB,
@@ -65,6 +67,7 @@ def advise(
 
   Args:
     report: report.make_report's or out_of_memory_report's.
+    regions: as `sizes` takes them.
   Returns:
     {"change": fields and values, "saves_gib": about so much on each chip, "why"}; empty if it
     fits.

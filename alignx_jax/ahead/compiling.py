@@ -1,7 +1,12 @@
 """The programs of a run, compiled for TPUs that are not there."""
 
+import collections
+import dataclasses
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,8 +25,17 @@ from alignx_jax.data.tokenizers import find_file, load_tokenizer
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.splash import plan
 from alignx_jax.training import mesh as meshes
+from alignx_jax.training.bridge import bridge_objective
 from alignx_jax.training.optimizer import make_optimizer
-from alignx_jax.training.steps import make_steps, param_shapes, row_shapes, score_program
+from alignx_jax.training.steps import (
+  infer_program,
+  make_steps,
+  param_shapes,
+  row_shapes,
+  score_program,
+)
+
+_STEPS = 1000  # of a run; a constant of its schedules, on which no cost depends
 
 
 def compile_programs(
@@ -35,25 +49,33 @@ def compile_programs(
     examples_per_row: how many a packed row holds on average; 0: config.regions.examples.
     texts: a directory for the compiled programs' texts; None: they are not kept.
   Returns:
-    Reports (report.make_report) of "train", "reference" (unless it is computed online) and
-    "evaluation"; those that do not fit have "advice".
+    Reports (report.make_report) of "train", "reference" (unless it is computed online),
+    "evaluation" and, with a learned bridge, "inference" of P̃; those that do not fit have
+    "advice".
   Raises:
     ValueError: sizes that do not go together; names the fields.
   """
   mesh = meshes.make_mesh(config.mesh, topology.devices)
   experiments.check_sizes(config, mesh)
   arch = experiments.architecture(config)
-  model = experiments.abstract_model(config, arch, platform="tpu")
+  space = experiments.data_space(config)
+  dimensions = experiments.bridge_dimensions(config, space)
+  model = experiments.abstract_model(config, arch, platform="tpu", dimensions=dimensions)
+  bridge = (
+    flops.BridgeSizes(dimensions, config.bridge.size, config.bridge.alone) if dimensions else None
+  )
   regions = regions_of(config)
+  prompts = dataclasses.replace(regions, persona=0, parts=0)
+  policy, personas = flops.bridged(regions, dimensions), flops.persona_rows(regions)
   examples_per_row = examples_per_row or regions.examples
   online = config.reference.kind == "online"
 
-  def report(name, lower, needed, rows, parts, train=False):
+  def report(name, lower, needed, passes, rows, parts=1, train=False):
     work = Work(
       needed_flops=needed,
-      kernel_flops=kernel_flops(model, regions, rows // parts, mesh),
+      kernel_flops=kernel_flops(model, passes, rows // parts, mesh),
       examples=rows * examples_per_row,
-      tokens=rows * regions.layout,
+      tokens=rows * sum(one.layout for one in passes),
     )
     try:
       with jax.set_mesh(mesh):
@@ -74,68 +96,118 @@ def compile_programs(
         work=work,
       )
     if train and not found["fits"]:
-      found["advice"] = advise(found, config, arch, regions, mesh.shape)
+      found["advice"] = advise(found, config, arch, policy, mesh.shape)
     return found
 
-  # The number of steps is a constant of the schedule: any will do.
-  steps = make_steps(config, model, mesh, regions, make_optimizer(config.optimizer, 1000))
+  # The frequencies of directions, which weigh the loss, change no cost: none are counted.
+  no_data = SimpleNamespace(
+    examples=(),
+    formatting=SimpleNamespace(space=space, bridge_space=experiments.bridge_space(config)),
+  )
+  optimizer = make_optimizer(
+    config.optimizer, _STEPS, bridge_learning_rate=config.bridge.learning_rate if bridge else 0.0
+  )
+  objective = bridge_objective(config, no_data, _STEPS)
+  steps = make_steps(config, model, mesh, regions, optimizer, objective)
   rows = config.train.rows
-  needed = flops.train_flops(arch, regions, rows, frozen=config.lora.rank > 0, online=online)
-  lower = lambda: steps.train.lower(steps.state, steps.frozen, steps.rows)
-  found = {"train": report("train", lower, needed, rows, config.train.accumulation, train=True)}
+  found = {
+    "train": report(
+      "train",
+      lambda: steps.train.lower(steps.state, steps.frozen, steps.rows),
+      flops.train_flops(
+        arch, regions, rows, frozen=config.lora.rank > 0, online=online, bridge=bridge
+      ),
+      [policy, personas] if bridge else [policy],
+      rows,
+      config.train.accumulation,
+      train=True,
+    )
+  }
+  graph, params = nnx.graphdef(model), param_shapes(model, mesh)
 
-  def score(name, rows):
-    program = score_program(nnx.graphdef(model), mesh, config.train.head_chunk)
-    lower = lambda: program.lower(param_shapes(model, mesh), row_shapes(regions, rows, mesh))
-    return report(name, lower, flops.forward_flops(arch, regions, rows), rows, 1)
+  def score(name, rows, bridge=None):
+    program = score_program(graph, mesh, config.train.head_chunk)
+    given = {"dimensions": dimensions, "given": True} if bridge else {}
+    return report(
+      name,
+      lambda: program.lower(params, row_shapes(prompts, rows, mesh, **given)),
+      flops.forward_flops(arch, prompts, rows, bridge),
+      [policy if bridge else prompts],
+      rows,
+    )
 
   if not online:
     found["reference"] = score("reference", rows)
-  # It is the same program as the reference's if it takes as many rows.
-  same = not online and rows == config.eval.rows
-  alone = (
-    found["reference"] | {"program": "evaluation"}
-    if same
-    else score("evaluation", config.eval.rows)
+  rows = config.eval.rows
+  # It is the same program as the reference's if it takes as many rows, and no bridge.
+  same = not bridge and not online and rows == config.train.rows
+  found["evaluation"] = (
+    found["reference"] | {"program": "evaluation"} if same else score("evaluation", rows, bridge)
   )
+  if bridge:
+    found["inference"] = report(
+      "inference",
+      lambda: infer_program(graph, mesh).lower(
+        params, row_shapes(regions, rows, mesh, dimensions=dimensions)
+      ),
+      flops.infer_flops(arch, regions, rows, bridge),
+      [personas],
+      rows,
+    )
   # A policy is scored while the base that it is compared with is kept.
   base = sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(param_shapes(model, mesh))
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params)
   )
-  found["evaluation"] = held_beside(alone, "other_model", base)
+  for name in found.keys() & {"evaluation", "inference"}:
+    found[name] = held_beside(found[name], "other_model", base)
   return found
 
 
 def regions_of(config: Any) -> Regions:
   """The sizes of config.regions, or those proposed for its data, tokenizer and prompts."""
-  if not config.regions.layout:
-    return Regions(config.regions.context, config.regions.response, config.regions.examples)
+  sizes = config.regions
+  if experiments.has_head(config):
+    return Regions(sizes.prompt, sizes.response, sizes.examples, sizes.persona, sizes.parts)
+  if not sizes.layout:
+    return Regions(sizes.context, sizes.response, sizes.examples)
   tokenizer = load_tokenizer(config.model.tokenizer or find_file(config.model.weights))
   return experiments.make_formatting(config, tokenizer, prepared_space(config.data.path)).regions
 
 
-def kernel_flops(model: Decoder, regions: Regions, rows: int, mesh: Mesh) -> dict[str, float]:
+def kernel_flops(
+  model: Decoder, passes: Sequence[Regions], rows: int, mesh: Mesh
+) -> dict[tuple[str, int], float]:
   """FLOPs of one call of each splash kernel on one device; none without splash attention.
 
+  Kernels of passes over rows of several shapes are told apart by the keys that they take.
+  Where two shapes have as many keys once padded, the mean is told: it adds up to what is
+  executed, as each pass calls each kernel as often as the others do (but for a bridge that is
+  trained alone: personas are not read backward then).
+
   Args:
+    passes: the shapes of the rows that the decoder runs on.
     rows: of one part of a step, over all devices.
   """
   if model.attention != "splash":
     return {}
   shards = mesh.shape["context"]
-  mask, sizes = plan(
-    regions.layout,
-    regions.response,
-    shards=shards,
-    block_q=model.block,
-    block_kv=model.block,
-  )
-  return flops.splash_flops(
-    mask,
-    sizes,
-    rows=rows // meshes.row_shards(mesh),
-    heads=model.arch.heads // mesh.shape["tensor"],
-    head_width=model.arch.head_width,
-    query_shards=shards,
-  )
+  found = collections.defaultdict(list)
+  for regions in passes:
+    mask, sizes = plan(
+      regions.layout,
+      regions.response,
+      shards=shards,
+      block_q=model.block,
+      block_kv=model.block,
+    )
+    one = flops.splash_flops(
+      mask,
+      sizes,
+      rows=rows // meshes.row_shards(mesh),
+      heads=model.arch.heads // mesh.shape["tensor"],
+      head_width=model.arch.head_width,
+      query_shards=shards,
+    )
+    for kernel, count in one.items():
+      found[kernel, mask.keys].append(count)
+  return {key: statistics.mean(counts) for key, counts in found.items()}

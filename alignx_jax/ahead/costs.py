@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,6 +65,20 @@ class Collective:
         return share * self.size
 
 
+class Kernel(NamedTuple):
+  """A Pallas kernel as a program calls it: one of attention runs on rows of several shapes.
+
+  Attributes:
+    length: of the longest axis of what it takes; of attention, the keys with their padding.
+  """
+
+  name: str
+  length: int
+
+  def __str__(self) -> str:
+    return f"{self.name}[{self.length}]"
+
+
 @dataclasses.dataclass
 class Costs:
   """Of one run on one chip.
@@ -76,7 +91,7 @@ class Costs:
       writes its result once: the least. Padding of tiles is moved, arrays in VMEM are not.
     dcn_bytes: sent to other slices.
     collectives: how often each exchange happens.
-    kernels: how often each Pallas kernel is called, by name.
+    kernels: how often each Pallas kernel is called.
     unknown_loops: loops whose length is known at run time only, counted once.
   """
 
@@ -85,7 +100,7 @@ class Costs:
   hbm_bytes: float = 0
   dcn_bytes: float = 0
   collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
-  kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+  kernels: Counter[Kernel] = dataclasses.field(default_factory=Counter)
   unknown_loops: tuple[str, ...] = ()
 
   def add(self, other: "Costs", times: int = 1) -> None:
@@ -209,8 +224,11 @@ def _math(program: Program, computation: Computation, instruction: Instruction) 
       kind = "reduce-scatter"
     costs.collectives[Collective(kind, size, groups)] += 1
   elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
-    kernel = re.search(r"([^/]+)/pallas_call", instruction.source)
-    costs.kernels[kernel[1] if kernel else instruction.name.rpartition(".")[0]] += 1
+    source = re.search(r"([^/]+)/pallas_call", instruction.source)
+    name = source[1] if source else instruction.name.rpartition(".")[0]
+    arrays = (array for operand in instruction.operands for array in computation[operand].arrays)
+    length = max((size for array in arrays for size in array.shape), default=1)
+    costs.kernels[Kernel(name, length)] += 1
   return costs
 
 

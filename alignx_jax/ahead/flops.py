@@ -4,10 +4,12 @@ A multiplication and an addition are two. Only matrix products are counted: norm
 rotary positions and the loss are below a percent of them.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 from alignx_jax.data.rows import Regions
+from alignx_jax.models.bridge import VALUES
 from alignx_jax.models.presets import Architecture
 
 # Matrix products of one block of queries and keys in each kernel. Forward: q·k and p·v. dq: q·k,
@@ -16,19 +18,81 @@ SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 FUSED_DKV_PRODUCTS = 5
 
 
-def forward_flops(arch: Architecture, regions: Regions, rows: int) -> float:
+@dataclasses.dataclass(frozen=True)
+class BridgeSizes:
+  """Of a learned bridge.
+
+  Attributes:
+    dimensions: P.
+    size: A, width of its queries and keys.
+    alone: it is trained beside a frozen decoder.
+  """
+
+  dimensions: int
+  size: int
+  alone: bool = False
+
+
+def bridged(regions: Regions, dimensions: int) -> Regions:
+  """The rows that a policy with a bridge reads: E · P positions more before the context."""
+  return dataclasses.replace(regions, context=regions.context + regions.examples * dimensions)
+
+
+def persona_rows(regions: Regions) -> Regions:
+  """The rows that a bridge reads: the persona region alone, without responses."""
+  return Regions(regions.persona, 0, regions.examples)
+
+
+def forward_flops(
+  arch: Architecture, regions: Regions, rows: int, bridge: BridgeSizes | None = None
+) -> float:
   """FLOPs to score packed rows once.
 
   Counts the decoder over all C + 2R positions, the head over the 2R response positions, and
   what the static attention mask lets through: the context causally, each branch its whole
   context region and itself causally. Segments and padding are ignored, so this is what full
   rows of one example each need: an upper bound for rows of several.
+
+  Args:
+    bridge: to which P̃ is given: E · P positions more, those of neutral dimensions, which
+      nobody sees, too.
   """
-  return rows * _forward(arch, regions.context, regions.response, regions.response)
+  if bridge is None:
+    return rows * _forward(arch, regions.context, regions.response, regions.response)
+  told = forward_flops(arch, bridged(regions, bridge.dimensions), rows)
+  return told + _tokens(arch, regions, rows, bridge)
+
+
+def infer_flops(arch: Architecture, regions: Regions, rows: int, bridge: BridgeSizes) -> float:
+  """FLOPs to infer P̃ of the personas of packed rows: the decoder over U positions, the bridge.
+
+  The region's attention is counted as if it were one sequence: an upper bound, as its parts
+  do not see each other. The sums over each part's tokens are counted as such, not as the
+  matrix products with the parts' membership that they are computed by, X times as many.
+  """
+  return forward_flops(arch, persona_rows(regions), rows) + _bridge(arch, regions, rows, bridge)
+
+
+def _tokens(arch: Architecture, regions: Regions, rows: int, bridge: BridgeSizes) -> float:
+  return rows * regions.examples * 2 * bridge.dimensions * 3 * arch.width
+
+
+def _bridge(arch: Architecture, regions: Regions, rows: int, bridge: BridgeSizes) -> float:
+  D, A, V, poles = arch.width, bridge.size, VALUES, 2 * bridge.dimensions
+  token = 2 * D * (A + V)  # key and value, of the hidden state and of the embedding
+  token += poles * (A + 1 + V)  # scores; mass and value
+  logits = regions.examples * poles * V * 3
+  return 2 * (poles * D * A + rows * (regions.persona * token + logits))
 
 
 def train_flops(
-  arch: Architecture, regions: Regions, rows: int, *, frozen: bool = False, online: bool = False
+  arch: Architecture,
+  regions: Regions,
+  rows: int,
+  *,
+  frozen: bool = False,
+  online: bool = False,
+  bridge: BridgeSizes | None = None,
 ) -> float:
   """FLOPs of one step: the forward pass and, for the gradients, twice as much again.
 
@@ -38,12 +102,24 @@ def train_flops(
     rows: of the step, over all devices and parts.
     frozen: no gradients of the weights, as with LoRA, whose factors are below a percent: a
       weight's products are then made twice, not three times.
-    online: the reference is scored in the step: one more forward pass.
+    online: the reference is scored in the step: one more forward pass, without a bridge.
+    bridge: P̃ is inferred, and then the policy reads it.
   """
-  forward = forward_flops(arch, regions, rows)
-  attention = rows * _attention(arch, regions.context, regions.response, regions.response)
-  total = 3 * forward - (forward - attention if frozen else 0)
-  return total + (forward if online else 0)
+  frozen = frozen or (bridge is not None and bridge.alone)
+
+  def step(part):
+    attention = rows * _attention(arch, part.context, part.response, part.response)
+    forward = forward_flops(arch, part, rows)
+    return 3 * forward - (forward - attention if frozen else 0)
+
+  total = forward_flops(arch, regions, rows) if online else 0
+  if bridge is None:
+    return total + step(regions)
+  total += step(bridged(regions, bridge.dimensions))
+  total += 3 * (_tokens(arch, regions, rows, bridge) + _bridge(arch, regions, rows, bridge))
+  # Nothing that the bridge reads is trained if it is trained alone.
+  personas = persona_rows(regions)
+  return total + (forward_flops(arch, personas, rows) if bridge.alone else step(personas))
 
 
 def example_flops(arch: Architecture, context: int, chosen: int, rejected: int) -> float:

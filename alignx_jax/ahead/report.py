@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignx_jax.ahead.chips import GIB, Topology
-from alignx_jax.ahead.costs import COLLECTIVES, Collective, Costs
+from alignx_jax.ahead.costs import COLLECTIVES, Collective, Costs, Kernel
 
 ALIGNX_EXAMPLES = 1_311_622  # of the published training set
 
@@ -30,14 +30,14 @@ class Work:
   """What a program does in one run, over all chips.
 
   Attributes:
-    needed_flops: flops.train_flops or forward_flops.
-    kernel_flops: executed by Pallas kernels on one chip, by a part of the kernel's name; of one
-      call (flops.splash_flops).
+    needed_flops: flops.train_flops, forward_flops or infer_flops.
+    kernel_flops: executed by Pallas kernels on one chip, by a part of the kernel's name and its
+      length; of one call (flops.splash_flops).
     examples, tokens: of one run; tokens with padding.
   """
 
   needed_flops: float
-  kernel_flops: dict[str, float]
+  kernel_flops: dict[tuple[str, int], float]
   examples: float
   tokens: int
 
@@ -84,7 +84,7 @@ def make_report(
     "needed_flops_per_chip": needed,
     "executed_flops_per_chip": executed,
     "executed_over_needed_flops": executed / needed,
-    "kernel_calls": dict(costs.kernels),
+    "kernel_calls": {str(kernel): count for kernel, count in costs.kernels.items()},
     "collectives": {
       kind: {"count": count, "bytes": size, "bytes_sent": sent}
       for kind, (count, size, sent) in kinds.items()
@@ -213,12 +213,16 @@ def _links(groups: Sequence[tuple], topology: Topology, devices: Sequence[Any]) 
   return least
 
 
-def _kernel_flops(kernel: str, work: Work) -> float:
-  """Of one call; the kernel is recognised by a part of its name."""
-  found = [flops for part, flops in work.kernel_flops.items() if f"_{part}_" in f"{kernel}_"]
+def _kernel_flops(kernel: Kernel, work: Work) -> float:
+  """Of one call; the kernel is recognised by a part of its name, and by its length."""
+  found = [
+    flops
+    for (part, length), flops in work.kernel_flops.items()
+    if f"_{part}_" in f"{kernel.name}_" and length == kernel.length
+  ]
   if len(found) != 1:
-    known = ", ".join(work.kernel_flops) or "none"
-    raise ValueError(f"The FLOPs of Pallas kernel {kernel!r} are not told; known are {known}.")
+    known = ", ".join(f"{part}[{length}]" for part, length in work.kernel_flops) or "none"
+    raise ValueError(f"The FLOPs of Pallas kernel '{kernel}' are not told; known are {known}.")
   return found[0]
 
 

@@ -1,21 +1,26 @@
 """From an example to token ids: the condition it states, the prompt, its three parts."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from alignx_jax.data.records import Example
-from alignx_jax.data.rows import Regions, Tokenised
+from alignx_jax.data.rows import Regions, Tokenised, TokenisedPart
 from alignx_jax.data.tokenizers import Tokenizer
 from alignx_jax.personas.persona import HistoryPolicy, Persona
 from alignx_jax.personas.preferences import PreferenceSpace
 from alignx_jax.personas.prompts import (
+  Part,
   chat_format,
   prompt_format,
+  render_parts,
   render_prompt,
   render_response,
 )
 
-CONDITIONS = ("persona", "inferred", "golden", "none")
+CONDITIONS = ("persona", "inferred", "profile", "golden", "bridge", "none")
 
 
 class Refused(Exception):
@@ -29,8 +34,12 @@ class Formatting:
   Attributes:
     chat, prompt: names of the chat and prompt formats (personas/prompts.py).
     condition: what the policy is conditioned on: the raw `persona` (ICA), P̃ `inferred`
-      from the history or `golden` from the record's label (PBA), or `none`.
+      from the labels of the history, as the record's `profile` has it, or `golden` from the
+      record's label, all as text (PBA); P̃ as tokens of a learned `bridge`, before a prompt
+      that says nothing of the user; or `none`.
     history: which parts of a persona the prompt shows.
+    space: of the records' directions.
+    bridge_space: of a learned bridge; None if it is the records'.
   """
 
   tokenizer: Tokenizer
@@ -40,6 +49,7 @@ class Formatting:
   prompt: str
   condition: str
   history: HistoryPolicy = HistoryPolicy()
+  bridge_space: PreferenceSpace | None = None
 
   def __post_init__(self):
     if self.condition not in CONDITIONS:
@@ -65,6 +75,30 @@ class Formatting:
     format, like those of the release, has its own."""
     return prompt_format(self.prompt).get("bos", chat_format(self.chat)["bos"])
 
+  @property
+  def dimensions(self) -> int:
+    """P, of a learned bridge."""
+    return len(self.bridge_space or self.space)
+
+  def labels(self, directions_P: np.ndarray | None) -> np.ndarray | None:
+    """Directions in the space of a learned bridge as labels: 0, 1, 2; −1 where not known."""
+    if directions_P is None:
+      return None
+    if self.bridge_space is not None:
+      directions_P = self.bridge_space.translate(directions_P, self.space)
+    return np.nan_to_num(2 * directions_P, nan=-1.0).astype(np.int8)
+
+  def of_reference(self) -> "Formatting":
+    """How the reference of the DPO loss is prompted: as the policy.
+
+    It cannot read the tokens of a learned bridge, so there its prompt is the policy's without
+    them, in which nothing is drawn.
+    """
+    if self.condition != "bridge":
+      return self
+    regions = dataclasses.replace(self.regions, persona=0, parts=0)
+    return dataclasses.replace(self, condition="none", history=HistoryPolicy(), regions=regions)
+
 
 def infer_profile(example: Example, persona: Persona, space: PreferenceSpace) -> str:
   """P̃ as text, inferred from the history shown: the release's bridge.
@@ -85,12 +119,28 @@ def infer_profile(example: Example, persona: Persona, space: PreferenceSpace) ->
   raise Refused("no inferred P̃: neither history directions nor 'profile'")
 
 
+def tokenise_parts(parts: Sequence[Part], formatting: Formatting) -> tuple[TokenisedPart, ...]:
+  """Token ids of what a learned bridge reads, each part a sequence by itself."""
+  tokenizer = formatting.tokenizer
+  begin = [tokenizer.bos_id] if formatting.bos else []
+  return tuple(
+    TokenisedPart(
+      begin + tokenizer.encode_pieces(part.pieces), part.kind, formatting.labels(part.directions)
+    )
+    for part in parts
+  )
+
+
 def condition_of(example: Example, persona: Persona, formatting: Formatting) -> dict[str, Any]:
   """The keyword of render_prompt that states the condition."""
   if formatting.condition == "persona":
     return {"persona": persona}
   if formatting.condition == "inferred":
     return {"profile": infer_profile(example, persona, formatting.space)}
+  if formatting.condition == "profile":
+    if example.profile is None:
+      raise Refused("no P̃: the record has no 'profile'")
+    return {"profile": example.profile}
   if formatting.condition == "golden":
     if example.directions is None:
       raise Refused("no golden P̃: the record has no 'Preference Direction'")
@@ -116,11 +166,11 @@ def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Toke
   ]
   if max(map(len, responses)) > regions.response:
     raise Refused("response longer than its region")
+  if formatting.condition == "bridge":
+    return _tokenise_for_bridge(example, formatting, persona, responses)
   condition = condition_of(example, persona, formatting)
   for dropped in range(len(persona.history) + 1):
-    ids = tokenizer.encode_pieces(render_prompt(example.post, **names, **condition))
-    if formatting.bos:
-      ids = [tokenizer.bos_id, *ids]
+    ids = _prompt_ids(example.post, formatting, **condition)
     # The last token of the context moves to the responses.
     if len(ids) - 1 <= regions.context:
       return Tokenised(ids, *responses, dropped)
@@ -129,3 +179,28 @@ def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Toke
     newest_first = formatting.history.order == "reversed"
     condition = {"persona": condition["persona"].drop_oldest(newest_first=newest_first)}
   raise Refused("context longer than its region")
+
+
+def _prompt_ids(post: str, formatting: Formatting, **condition) -> list[int]:
+  pieces = render_prompt(post, chat=formatting.chat, prompt=formatting.prompt, **condition)
+  begin = [formatting.tokenizer.bos_id] if formatting.bos else []
+  return begin + formatting.tokenizer.encode_pieces(pieces)
+
+
+def _tokenise_for_bridge(example, formatting, persona, responses) -> Tokenised:
+  """The prompt without the persona; the persona's parts by themselves, if they have a region."""
+  regions = formatting.regions
+  ids = _prompt_ids(example.post, formatting)
+  if len(ids) - 1 > regions.context:
+    raise Refused("prompt longer than its region")
+  if not regions.persona:
+    return Tokenised(ids, *responses)
+  labels = formatting.labels(example.directions)
+  for dropped in range(len(persona.history) + 1):
+    parts = tokenise_parts(render_parts(example.post, persona), formatting)
+    tokenised = Tokenised(ids, *responses, dropped, parts, labels)
+    if all(np.less_equal(tokenised.sizes, regions.room)):
+      return tokenised
+    if persona.history:
+      persona = persona.drop_oldest(newest_first=formatting.history.order == "reversed")
+  raise Refused("post and description longer than the persona's region")

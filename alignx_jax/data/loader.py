@@ -43,50 +43,50 @@ class Batch(NamedTuple):
   lanes_BW: np.ndarray
 
 
-def choose(sizes: Sequence[tuple[int, int, int]], regions: Regions) -> list[int]:
+def choose(sizes: Sequence[tuple[int, ...]], regions: Regions) -> list[int]:
   """Which of a window's examples share the next row.
 
   The oldest, so that none waits for ever; beside it the largest, while they leave room for
   some two more; then the two that together fill the row best; then what still fits.
 
   Args:
-    sizes: tokens of each region, oldest example first.
+    sizes: tokens of each region of Regions.room, oldest example first.
   Returns:
     Indices, ascending.
   Raises:
     ValueError: the oldest fits no row.
   """
-  sizes_W3 = np.asarray(sizes)
-  room_3 = np.array([regions.context, regions.response, regions.response])
-  left_3 = room_3 - sizes_W3[0]
-  if left_3.min() < 0:
-    raise ValueError(f"An example of {sizes[0]} tokens is longer than the regions {room_3}.")
+  sizes_WR = np.asarray(sizes)
+  room_R = np.array(regions.room)
+  left_R = room_R - sizes_WR[0]
+  if left_R.min() < 0:
+    raise ValueError(f"An example of {sizes[0]} tokens is longer than the regions {room_R}.")
   taken = [0]
   # The share of the row that an example needs says which is large.
-  largest_first = np.argsort(-(sizes_W3 / room_3).max(axis=1), kind="stable").tolist()
-  room_of_two_3 = 2.5 * sizes_W3.mean(axis=0)
+  largest_first = np.argsort(-(sizes_WR / room_R).max(axis=1), kind="stable").tolist()
+  room_of_two_R = 2.5 * sizes_WR.mean(axis=0)
 
   def take(indices):
-    nonlocal left_3
+    nonlocal left_R
     taken.extend(indices)
-    left_3 = left_3 - sizes_W3[indices].sum(axis=0)
+    left_R = left_R - sizes_WR[indices].sum(axis=0)
 
   def fitting():
     if len(taken) >= regions.examples:
       return []
-    fits_W = (sizes_W3 <= left_3).all(axis=1)
+    fits_W = (sizes_WR <= left_R).all(axis=1)
     return [i for i in largest_first if fits_W[i] and i not in taken]
 
-  while (left_3 > room_of_two_3).all() and (rest := fitting()):
+  while (left_R > room_of_two_R).all() and (rest := fitting()):
     take(rest[:1])
   if rest := fitting():
     # A pair with the nothing at the end is one example alone.
-    parts_M3 = np.concatenate([sizes_W3[rest], np.zeros((1, 3), int)])
-    first, second = np.triu_indices(len(parts_M3), 1)
+    parts_MR = np.concatenate([sizes_WR[rest], np.zeros_like(sizes_WR[:1])])
+    first, second = np.triu_indices(len(parts_MR), 1)
     if len(taken) + 1 == regions.examples:
       first, second = first[second == len(rest)], second[second == len(rest)]
-    sums = parts_M3[first] + parts_M3[second]
-    best = np.argmax(np.where((sums <= left_3).all(axis=1), sums.sum(axis=1), -1))
+    sums = parts_MR[first] + parts_MR[second]
+    best = np.argmax(np.where((sums <= left_R).all(axis=1), sums.sum(axis=1), -1))
     take([rest[i] for i in (first[best], second[best]) if i < len(rest)])
   while rest := fitting():
     take(rest[:1])
@@ -108,7 +108,8 @@ class Loader:
     workers: the most processes that tokenise and pack, of which so many are used as divide
       the rows that are read here; 0 does it in this one.
     reference: response log-probs under the reference, None until computed: [slots, N], or
-      [examples, N] if the history policy draws nothing.
+      [examples, N] if the reference's prompt shows nothing that is drawn.
+    preferences: P̃ of each example [examples, P, K], where it is given to a learned bridge.
     counts: refused examples by reason and dropped history items, so far as it was read.
   """
 
@@ -121,6 +122,7 @@ class Loader:
   workers: int = 0
   mixture: tuple[Sequence[np.ndarray], Sequence[float]] | None = None
   reference: np.ndarray | None = None
+  preferences: np.ndarray | None = None
   counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   @property
@@ -261,10 +263,19 @@ class _Lane:
     _, places, examples = zip(*(self._window[i] for i in taken), strict=True) if taken else [()] * 3
     references = None
     if loader.reference is not None:
-      each_draw = loader.formatting.history.random
+      each_draw = loader.formatting.of_reference().history.random
       references = [loader.reference[p.slot if each_draw else p.example] for p in places]
-    slots = [place.slot for place in places]
-    row = lay_out(examples, regions, indices=slots, references=references)
+    preferences = None
+    if loader.preferences is not None:
+      preferences = [loader.preferences[p.example] for p in places]
+    row = lay_out(
+      examples,
+      regions,
+      indices=[place.slot for place in places],
+      references=references,
+      dimensions=loader.formatting.dimensions,
+      preferences=preferences,
+    )
     self._window = [item for i, item in enumerate(self._window) if i not in taken]
     lane_W = np.full(1 + loader.window, -1, np.int32)
     lane_W[0] = self._next

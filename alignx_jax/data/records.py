@@ -1,6 +1,7 @@
 """The published record schema: validation, and the Example the rest of the code uses."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,28 @@ class Example:
   profile: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Profiled(Sequence):
+  """Examples with other profiles, P̃ as text: one for each; None where there is none."""
+
+  examples: Sequence[Example]
+  profiles: Sequence[str | None]
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return Profiled(self.examples[index], self.profiles[index])
+    return dataclasses.replace(self.examples[index], profile=self.profiles[index])
+
+  @property
+  def fingerprint(self) -> str:
+    """Stands for what these examples say, where the examples themselves have such."""
+    profiles = hashlib.sha256(json.dumps(list(self.profiles)).encode()).hexdigest()
+    return f"{self.examples.fingerprint} {profiles}"
+
+
 def parse_record(record: dict, space: PreferenceSpace, where: str) -> Example:
   """Validates one record in the published schema.
 
@@ -82,7 +105,10 @@ def parse_record(record: dict, space: PreferenceSpace, where: str) -> Example:
       raise RecordError(where, name, f"is a {type(value).__name__}; make it a list of numbers.")
     if len(value) != len(space):
       raise RecordError(
-        where, name, f"has {len(value)} values; the preference space has {len(space)}."
+        where,
+        name,
+        f"has {len(value)} values; the preference space {space.name!r} has {len(space)}: set "
+        "config.data.space to the space that the records were labelled in.",
       )
     for i, x in enumerate(value):
       if isinstance(x, bool) or not isinstance(x, int | float | np.number) or x not in (0, 0.5, 1):

@@ -19,18 +19,23 @@ from alignx_jax.personas.simulator import simulate_record
 
 
 def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Sequence[Example]]:
-  """{"train": …, "test": …} of config.data.
+  """{"train": …, "validation": …, "test": …} of config.data.
 
   A prepared set has its splits, and tests on its validation split if it has no other; one with
-  a test split alone (a benchmark) is divided by posts, as a JSON list is.
+  a test split alone (a benchmark) is divided by posts, as a JSON list is. These have no
+  validation split: it is empty.
 
   Raises:
     FileNotFoundError, ValueError: the file, record or field at fault and what to do.
   """
   if config.path == "simulated":
-    sizes = {"train": config.train_records, "test": config.test_records}
+    sizes = {
+      "train": config.train_records,
+      "validation": config.validation_records,
+      "test": config.test_records,
+    }
     for split, size in sizes.items():
-      if not size:
+      if size is None or (not size and split != "validation"):
         raise ValueError(f"Simulated data has no end; set config.data.{split}_records.")
     return {
       split: simulated_examples(size, split=split, space=space, seed=seed)
@@ -45,6 +50,7 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
     if "train" in splits:
       return {
         "train": splits["train"][: config.train_records],
+        "validation": splits["validation"][: config.validation_records],
         "test": splits.get("test", splits["validation"])[: config.test_records],
       }
     examples = list(splits["test"])
@@ -64,7 +70,7 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
       f"No training record of {config.path} has a persona: none of {COMMENTS!r}, {PAIRS!r} "
       f"or {DESCRIPTION!r}; check how the fields are spelt."
     )
-  return splits
+  return splits | {"validation": []}
 
 
 def simulated_examples(

@@ -27,6 +27,8 @@ PROTOCOLS = ("matched", "release", "unconditioned")
 CONDITIONS = {
   "ica": ("persona", "shuffled", "none"),
   "pba": ("inferred", "golden", "shuffled", "none"),
+  "pba_by_head": ("profile", "golden", "shuffled", "none"),
+  "pba_head": ("inferred", "golden", "shuffled", "none"),
 }
 
 
@@ -88,17 +90,27 @@ def length_control(examples: Sequence[Example]) -> dict:
   return result("length", "length", "none", examples, (np.asarray(longer) + 1) / 2)
 
 
+def others(size: int, *, seed: int = 0) -> np.ndarray:
+  """For each of so many examples the index of another one.
+
+  Raises:
+    ValueError: there is no other one.
+  """
+  if size < 2:
+    raise ValueError("One test pair cannot be given another user's persona; use two or more.")
+  order = np.random.default_rng(seed).permutation(size)
+  other = np.empty_like(order)
+  other[order] = np.roll(order, 1)  # one cycle through all: nobody keeps their own
+  return other
+
+
 def shuffled(examples: Sequence[Example], *, seed: int = 0) -> list[Example]:
   """Each example with the persona, profile and labels of another one.
 
   Raises:
     ValueError: there is no other one.
   """
-  if len(examples) < 2:
-    raise ValueError("One test pair cannot be given another user's persona; use two or more.")
-  order = np.random.default_rng(seed).permutation(len(examples))
-  other = np.empty_like(order)
-  other[order] = np.roll(order, 1)  # one cycle through all: nobody keeps their own
+  other = others(len(examples), seed=seed)
   return [
     dataclasses.replace(
       example,
@@ -116,7 +128,7 @@ class Scorer:
 
   Attributes:
     name: of the model, for progress bars.
-    log_probs: Rows to response log-probs [B, N, E].
+    log_probs: Rows to response log-probs [B, E, N].
     formatting: its condition and history are replaced as needed.
   """
 
@@ -129,23 +141,85 @@ class Scorer:
   def __post_init__(self):
     self.score = functools.cache(self._score)
 
-  def _score(self, condition: str, shuffle: bool = False) -> np.ndarray:
+  def _score(
+    self, condition: str, shuffle: bool = False, history: HistoryPolicy = HistoryPolicy()
+  ) -> np.ndarray:
     examples = shuffled(self.examples) if shuffle else self.examples
-    formatting = dataclasses.replace(self.formatting, condition=condition, history=HistoryPolicy())
+    formatting = dataclasses.replace(self.formatting, condition=condition, history=history)
     loader = Loader(examples, formatting, rows=self.rows)
     label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
     return score_stream(self.log_probs, loader, describe=label)
 
 
+@dataclasses.dataclass
+class BridgeScorer:
+  """Scores of a policy that reads P̃ through a learned bridge, each computed once.
+
+  Attributes:
+    log_probs: Rows that give P̃ to response log-probs [B, E, N].
+    inferred_XPK: P̃ of each example as the head infers it, NaN where it could not be.
+    formatting: of the policy; has the bridge's space.
+  """
+
+  name: str
+  log_probs: Callable[[Rows], np.ndarray]
+  examples: Sequence[Example]
+  formatting: Formatting
+  rows: int
+  inferred_XPK: np.ndarray
+
+  def __post_init__(self):
+    self.score = functools.cache(self._score)
+
+  def _score(self, condition: str, shuffle: bool = False) -> np.ndarray:
+    preferences_XPK = self._preferences(condition)
+    if shuffle:
+      preferences_XPK = preferences_XPK[others(len(self.examples))]
+    known_X = np.isfinite(preferences_XPK).all(axis=(1, 2))
+    formatting = dataclasses.replace(
+      self.formatting,
+      history=HistoryPolicy(),
+      regions=dataclasses.replace(self.formatting.regions, persona=0, parts=0),
+    )
+    loader = Loader(self.examples, formatting, rows=self.rows, preferences=preferences_XPK)
+    label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
+    scores = score_stream(self.log_probs, loader, describe=label)
+    return np.where(known_X[:, None], scores, np.nan)
+
+  def _preferences(self, condition):
+    """P̃ [X, P, K] under a condition, NaN where an example has none."""
+    if condition == "inferred":
+      return self.inferred_XPK
+    preferences_XPK = np.zeros_like(self.inferred_XPK)
+    if condition == "none":
+      preferences_XPK[..., 1] = 1  # neutral in everything
+      return preferences_XPK
+    for i, example in enumerate(self.examples):
+      labels_P = self.formatting.labels(example.directions)
+      if labels_P is None:
+        preferences_XPK[i] = np.nan
+        continue
+      # What the labels do not know of is as neutral as the rest.
+      kinds_P = np.where(labels_P < 0, 1, labels_P)
+      preferences_XPK[i, np.arange(len(kinds_P)), kinds_P] = 1
+    return preferences_XPK
+
+
 def evaluate_policy(
-  policy: str, scorer: Scorer, base: Scorer, *, protocols: Sequence[str] = PROTOCOLS
+  policy: str,
+  scorer: "Scorer | BridgeScorer",
+  base: Scorer,
+  *,
+  protocols: Sequence[str] = PROTOCOLS,
 ) -> list[dict]:
   """Alignment accuracy of a trained policy under each condition it has and protocol.
 
-  A condition that no record has (no labels, so no golden P̃) gives no row.
+  A condition that no record has (no labels, so no golden P̃) gives no row. The reference
+  cannot read a learned bridge's tokens: there its prompt is the policy's without them, so
+  `matched` and `unconditioned` are one.
 
   Args:
-    policy: "ica" or "pba".
+    policy: a key of CONDITIONS.
     base: scores of the reference model on the same pairs.
   """
   main = CONDITIONS[policy][0]
@@ -155,10 +229,14 @@ def evaluate_policy(
     references = {"matched": key, "release": ("persona",), "unconditioned": ("none",)}
     if condition == "shuffled":
       references["release"] = ("persona", True)
+    if isinstance(scorer, BridgeScorer):
+      references["matched"] = references.pop("unconditioned")
     # Without a persona there is one prompt, hence one protocol.
-    for protocol in protocols if condition != "none" else ["matched"]:
+    for protocol in (
+      (p for p in protocols if p in references) if condition != "none" else ["matched"]
+    ):
       ratio = scorer.score(*key) - base.score(*references[protocol])
-      results += _accuracy(policy, condition, protocol, scorer.examples, ratio)
+      results += accuracy_rows(policy, condition, protocol, scorer.examples, ratio)
   return results
 
 
@@ -168,11 +246,11 @@ def evaluate_base(base: Scorer, policies: Sequence[str]) -> list[dict]:
   for condition in dict.fromkeys(c for p in policies for c in CONDITIONS[p]):
     if condition not in ("shuffled", "none"):
       ratio = base.score(condition) - base.score("none")
-      results += _accuracy("base", condition, "unconditioned", base.examples, ratio)
+      results += accuracy_rows("base", condition, "unconditioned", base.examples, ratio)
   return results
 
 
-def _accuracy(policy, condition, protocol, examples, ratio) -> list[dict]:
+def accuracy_rows(policy, condition, protocol, examples, ratio) -> list[dict]:
   """One row, or none where the condition could not be scored at all."""
   margin = ratio[:, 0] - ratio[:, 1]
   scored = np.isfinite(margin)

@@ -26,7 +26,12 @@ def write_picture(path, results) -> None:
   check(results)
   if not results:
     raise ValueError("There are no results to draw.")
-  svg = accuracy_bars(results).split("</svg>")[0] + "</svg>"
+  write_svg(path, accuracy_bars(results))
+
+
+def write_svg(path, picture) -> None:
+  """Writes the first SVG of a picture as a file that stands alone, 720 wide."""
+  svg = picture.split("</svg>")[0] + "</svg>"
   frame = '<svg xmlns="http://www.w3.org/2000/svg" width="720" style="width:720px"'
   font = "svg { font-family: system-ui, sans-serif; background: var(--card) }"
   svg = svg.replace("<svg", frame, 1).replace(">", f"><style>{CSS}{font}</style>", 1)

@@ -20,7 +20,7 @@ from alignx_jax.evaluation.results import (
 
 
 def write_report(
-  path, *, title, summary, results, curves, config, command, versions, sections=()
+  path, *, title, summary, results, curves, config, command, versions, sections=(), pictures=()
 ) -> None:
   """Writes the HTML page, atomically. All text is escaped here: give it raw.
 
@@ -34,6 +34,8 @@ def write_report(
     command: what to type to reproduce the page.
     versions: package name -> version.
     sections: (heading, list of paragraphs) pairs, shown in order after the curves.
+    pictures: (heading, HTML) pairs, shown before them; from functions of this package, which
+      have escaped what they show.
   Raises:
     ValueError: a result lacks a key, or a share is not within 0 to 1.
   """
@@ -45,7 +47,8 @@ def write_report(
     f"<div><h3>{kind.capitalize()}</h3>{_definitions(meanings)}</div>"
     for kind, meanings in LEGEND.items()
   )
-  extra = "".join(
+  drawn = "".join(_section(heading, html) for heading, html in pictures)
+  extra = drawn + "".join(
     _section(heading, "".join(f"<p>{escape(text)}</p>" for text in paragraphs))
     for heading, paragraphs in sections
   )

@@ -123,7 +123,7 @@ class Decoder(nnx.Module):
     """The head's weights [V, D] in the type they are stored in."""
     return (self.embedding_VD if self.arch.tied else self.head_VD)[...]
 
-  def __call__(self, tokens_BL, positions_BL, segments_BL, *, response: int = 0):
+  def __call__(self, tokens_BL, positions_BL, segments_BL, *, response: int = 0, bridge_BTD=None):
     """Final hidden states [B, L, D], normalised, in the compute type.
 
     Args:
@@ -132,8 +132,14 @@ class Decoder(nnx.Module):
       segments_BL: the example each token belongs to; 0 is padding.
       response: R, the size of the two response regions at the row's end; 0 for a plain
         causal sequence.
+      bridge_BTD: vectors that stand before the row as embedded tokens do; positions and
+        segments count them, and so do the states that come back.
     """
     x_BLD = embed(tokens_BL, self.embedding_VD[...], self.compute_dtype)
+    if bridge_BTD is not None:
+      bridge_BTD = constrain(bridge_BTD.astype(self.compute_dtype), ROWS, None, None)
+      x_BLD = jnp.concatenate([bridge_BTD, x_BLD], axis=1)
+      x_BLD = constrain(x_BLD, ROWS, "context", None)
     graph, layers = nnx.split(self.blocks)
     # Cast before the scan gathers them: half the bytes to send.
     layers = jax.tree.map(lambda x: x.astype(self.compute_dtype), layers)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from alignx_jax.models.bridge import BridgeParam
+
 # Each projection and how many of its axes, after that of the layers, are inputs.
 PROJECTIONS = {
   "q_DHA": 1,
@@ -47,10 +49,19 @@ def add_lora(model, *, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
     setattr(blocks, f"{name}_lora_b", LoraParam(jnp.zeros((layers, rank, size_out), jnp.float32)))
 
 
-def split_trainable(params: nnx.State) -> tuple[nnx.State, nnx.State]:
-  """(what is trained, what is frozen): the factors if there are any, else all and nothing."""
-  factors, rest = nnx.split_state(params, LoraParam, ...)
-  return (factors, rest) if jax.tree.leaves(factors) else (rest, factors)
+def split_trainable(
+  params: nnx.State, *, bridge_alone: bool = False
+) -> tuple[nnx.State, nnx.State]:
+  """(what is trained, what is frozen): factors and bridge if there are factors, else all.
+
+  Args:
+    bridge_alone: train the bridge and nothing else.
+  """
+  if bridge_alone:
+    return tuple(nnx.split_state(params, BridgeParam, ...))
+  if not jax.tree.leaves(nnx.split_state(params, LoraParam, ...)[0]):
+    return params, nnx.State({})
+  return tuple(nnx.split_state(params, (LoraParam, BridgeParam), ...))
 
 
 def without_lora(params: nnx.State) -> nnx.State:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from alignx_jax.models.bridge import insert
 from alignx_jax.models.parallel import ROWS, constrain
 
 
@@ -39,22 +40,26 @@ def _chunk_log_probs(head_VD, carry, chunk):
   return carry, picked_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
-def response_log_probs(model, rows, *, chunk: int = 128):
+def response_log_probs(model, rows, preferences_BEPK=None, *, chunk: int = 128):
   """Summed log-probability of each response, float32 [B, N, E].
 
   Args:
     model: a Decoder.
     rows: data.rows.Rows.
+    preferences_BEPK: P̃, which the model's bridge tells the policy; None for no bridge.
     chunk: head positions at a time, see token_log_probs.
   """
   B, N, R = rows.targets_BNR.shape
   E = rows.weight_BE.shape[-1]
-  hidden_BLD = model(rows.tokens_BL, rows.positions_BL, rows.segments_BL, response=R)
+  tokens_BTD, positions, segments = None, rows.positions_BL, rows.segments_BL
+  if preferences_BEPK is not None:
+    tokens_BTD, positions, segments = insert(model, rows, preferences_BEPK)
+  hidden_BLD = model(rows.tokens_BL, positions, segments, response=R, bridge_BTD=tokens_BTD)
   C = hidden_BLD.shape[1] - N * R
   # Chunks run along R with the branches side by side, so that every device of a mesh
   # that splits B works in every chunk.
   hidden = constrain(hidden_BLD[:, C:], ROWS, None, None).reshape(B * N, R, -1)
   log_probs = token_log_probs(hidden, model.head, rows.targets_BNR.reshape(B * N, R), chunk=chunk)
-  segments_BNR = rows.segments_BL[:, C:].reshape(B, N, R)
+  segments_BNR = segments[:, C:].reshape(B, N, R)
   member_BNRE = segments_BNR[..., None] == jnp.arange(1, E + 1)
   return jnp.sum(jnp.where(member_BNRE, log_probs.reshape(B, N, R)[..., None], 0.0), axis=2)

@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from alignx_jax.personas.persona import Persona, UserComment
+import numpy as np
+
+from alignx_jax.personas.persona import HistoryItem, Persona, UserComment
 
 
 class Piece(NamedTuple):
@@ -105,6 +107,56 @@ def render_response(response: str, *, chat: str, prompt: str) -> list[Piece]:
     Piece(prompt_format(prompt).get("before_end", ""), "template"),
     Piece(chat_format(chat)["end"], "template"),
   ]
+
+
+class Part(NamedTuple):
+  """A text of a persona that a learned bridge reads by itself.
+
+  Attributes:
+    kind: index in PART_KINDS.
+    directions: preference directions [P] of the act it is of, where they are known.
+  """
+
+  pieces: list[Piece]
+  kind: int
+  directions: np.ndarray | None = None
+
+
+# What a learned bridge reads of each kind. It is told the kind beside the text.
+_PART_FORMATS = {
+  "post": "Post: {post}",
+  "written": "Post: {post}\nComment: {text}",
+  "chosen": "Post: {post}\nComment: {text}",
+  "rejected": "Comment: {text}",
+  "description": "About the user: {text}",
+}
+PART_KINDS = tuple(_PART_FORMATS)
+
+
+def render_parts(post: str, persona: Persona) -> list[Part]:
+  """The parts of a persona: the post, what the user wrote, chose and rejected, and is."""
+
+  def part(kind, directions=None, **texts):
+    return Part(fill(_PART_FORMATS[kind], **texts), PART_KINDS.index(kind), directions)
+
+  parts = [part("post", post=post)] if post else []
+  for act in persona.history:
+    parts += act_parts(act)
+  if persona.description:
+    parts.append(part("description", text=persona.description))
+  return parts
+
+
+def act_parts(act: HistoryItem) -> list[Part]:
+  """The parts of one act."""
+
+  def part(kind, text):
+    pieces = fill(_PART_FORMATS[kind], post=act.post, text=text)
+    return Part(pieces, PART_KINDS.index(kind), act.directions)
+
+  if isinstance(act, UserComment):
+    return [part("written", act.comment)]
+  return [part("chosen", act.chosen), part("rejected", act.rejected)]
 
 
 def _persona_pieces(persona: Persona, form: dict) -> dict[str, list[Piece]]:

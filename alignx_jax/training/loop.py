@@ -15,6 +15,7 @@ from alignx_jax.data.rows import Rows
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.training import hosts
+from alignx_jax.training.bridge import bridge_objective
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import MetricWriter, divide
 from alignx_jax.training.optimizer import make_optimizer
@@ -42,7 +43,8 @@ def train(
   """Trains `model` on the loader's stream with the DPO loss; resumes what it finds.
 
   Args:
-    config: configs/base.py's; read here are `objective`, `optimizer`, `reference`, `train`.
+    config: configs/base.py's; read here are `bridge`, `objective`, `optimizer`, `reference` and
+      `train`.
     workdir: gets checkpoints, metrics.jsonl and TensorBoard files. The same call again
       goes on from the newest checkpoint.
     model: shapes alone.
@@ -78,11 +80,14 @@ def train(
       )
 
   # ------------------------------------------------------------------ programs and state
-  optimizer = make_optimizer(config.optimizer, steps)
-  programs = make_steps(config, model, mesh, loader.formatting.regions, optimizer)
+  bridge = bridge_objective(config, loader, steps)
+  optimizer = make_optimizer(
+    config.optimizer, steps, bridge_learning_rate=config.bridge.learning_rate if bridge else 0.0
+  )
+  programs = make_steps(config, model, mesh, loader.formatting.regions, optimizer, bridge)
   rows_sharding = programs.rows.tokens_BL.sharding
   del log_probs
-  trained, frozen = split_trainable(params)
+  trained, frozen = split_trainable(params, bridge_alone=config.bridge.alone)
   del params
 
   # ------------------------------------------------------------------ resume

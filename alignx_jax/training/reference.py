@@ -7,6 +7,7 @@ sweep that shares them shares the file, and none can take another's.
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from alignx_jax.data.loader import PACKING, Loader
-from alignx_jax.data.prepared import PreparedExamples
 from alignx_jax.data.rows import Rows
+from alignx_jax.models.bridge import BridgeParam
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import LoraParam
 from alignx_jax.personas.prompts import chat_format, prompt_format
 from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
-from alignx_jax.training.steps import score_program
+from alignx_jax.training.steps import count_dimensions, infer_program, score_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,38 +45,64 @@ class LogProbs:
   rows: int
   chunk: int
 
+  @classmethod
+  def of(cls, experiment, params: nnx.State) -> "LogProbs":
+    """Of an experiment's model with these parameters, in batches of config.eval.rows."""
+    config = experiment.config
+    return cls(experiment.model, params, experiment.mesh, config.eval.rows, config.train.head_chunk)
+
   @property
   def own(self) -> np.ndarray:
     """Indices of the rows of a batch that this process reads."""
     return hosts.own_rows(meshes.rows_sharding(self.mesh, self.rows), self.rows)
 
   def __call__(self, rows: Rows):
-    """Response log-probs [B, N, E] in nats, and the slots [B, E] they are of, of all rows.
+    """Response log-probs [B, E, N] in nats, and the slots [B, E] they are of, of all rows.
 
     Args:
       rows: this process's rows of a batch.
     """
+    return self._run(score_program(nnx.graphdef(self.model), self.mesh, self.chunk), rows)
+
+  def log_odds(self, rows: Rows):
+    """Log-odds [B, E, P, K] of the P̃ that the model's bridge infers, and their slots [B, E]."""
+    return self._run(infer_program(nnx.graphdef(self.model), self.mesh), rows)
+
+  def _run(self, program, rows):
     rows = hosts.to_devices(rows, meshes.rows_sharding(self.mesh, self.rows), self.rows)
-    program = score_program(nnx.graphdef(self.model), self.mesh, self.chunk)
     with jax.set_mesh(self.mesh):
       return program(self.params, rows)
 
 
 def score_stream(log_probs: LogProbs, loader: Loader, *, describe: str) -> np.ndarray:
-  """Response log-probs of every example of a loader's stream, in every process.
+  """Response log-probs [slots, N] of every example of a loader's stream; see `stream_values`."""
+  return stream_values(log_probs, log_probs.own, loader, (2,), describe=describe)
+
+
+def infer_stream(log_probs: LogProbs, loader: Loader, *, describe: str) -> np.ndarray:
+  """Log-odds of P̃ [slots, P, K] of every example of a loader's stream; see `stream_values`."""
+  shape = count_dimensions(log_probs.model), 3
+  return stream_values(log_probs.log_odds, log_probs.own, loader, shape, describe=describe)
+
+
+def stream_values(
+  program: Callable, own: np.ndarray, loader: Loader, shape: tuple[int, ...], *, describe: str
+) -> np.ndarray:
+  """What a program gives of every example of a loader's stream, in every process.
 
   Args:
-    log_probs: a LogProbs of batches of the loader's size.
+    program: of this process's rows of a batch, to values [B, E, *shape] and slots [B, E].
+    own: indices of those rows.
     describe: what the progress bar says.
   Returns:
-    float32 [slots, N], NaN where the example was refused.
+    float32 [slots, *shape], NaN where the example was refused.
   """
-  scores = np.full((loader.stream.slots, 2), np.nan, np.float32)
+  values = np.full((loader.stream.slots, *shape), np.nan, np.float32)
 
-  def store(value_BNE, example_BE) -> int:
-    value_BNE, example_BE = np.asarray(value_BNE), np.asarray(example_BE)
+  def store(value_BE, example_BE) -> int:
+    value_BE, example_BE = np.asarray(value_BE), np.asarray(example_BE)
     real_BE = example_BE >= 0
-    scores[example_BE[real_BE]] = value_BNE.swapaxes(1, 2)[real_BE]
+    values[example_BE[real_BE]] = value_BE[real_BE]
     bar.update(int(real_BE.sum()))
     return int(real_BE.sum())
 
@@ -90,9 +117,9 @@ def score_stream(log_probs: LogProbs, loader: Loader, *, describe: str) -> np.nd
     disable=not hosts.is_first(),
   ) as bar:
     pending = None
-    for rows, _ in loader.batches(loader.start()[log_probs.own], endless=endless):
+    for rows, _ in loader.batches(loader.start()[own], endless=endless):
       # Dispatch this batch before waiting for the last one.
-      dispatched = log_probs(rows)
+      dispatched = program(rows)
       if pending is not None and not store(*pending) and endless:
         break
       pending = dispatched
@@ -100,18 +127,20 @@ def score_stream(log_probs: LogProbs, loader: Loader, *, describe: str) -> np.nd
       if pending is not None:
         store(*pending)
   loader.report_counts(describe)
-  return scores
+  return values
 
 
 def cached_reference(log_probs: LogProbs, loader: Loader, directory, weights: str) -> np.ndarray:
   """score_stream of the training data, read from `directory` if every process has it there.
 
-  Where nothing is drawn every epoch is alike: then one is scored.
+  They are scored as Formatting.of_reference prompts. Where nothing is drawn every epoch is
+  alike: then one is scored.
 
   Args:
     log_probs: of the reference.
     weights: fingerprint of its parameters.
   """
+  loader = dataclasses.replace(loader, formatting=loader.formatting.of_reference())
   if not loader.formatting.history.random:
     loader = dataclasses.replace(loader, epochs=1, seed=None, mixture=None)
   key = cache_key(loader, log_probs.model, weights)
@@ -170,6 +199,7 @@ def cache_key(loader: Loader, model: Decoder, weights: str) -> str:
     loader.mixture and loader.mixture[1],
     formatting.tokenizer.fingerprint,
     formatting.space,
+    formatting.bridge_space,
     formatting.regions,
     chat_format(formatting.chat),
     prompt_format(formatting.prompt),
@@ -180,7 +210,7 @@ def cache_key(loader: Loader, model: Decoder, weights: str) -> str:
     weights,
   )
   digest = hashlib.sha256(repr(settings).encode())
-  if isinstance(loader.examples, PreparedExamples):
+  if hasattr(loader.examples, "fingerprint"):
     digest.update(loader.examples.fingerprint.encode())
   else:
     for example in loader.examples:
@@ -191,9 +221,9 @@ def cache_key(loader: Loader, model: Decoder, weights: str) -> str:
 def fingerprint(params: nnx.State) -> str:
   """Stands for the values of a base's parameters, wherever and however split they lie.
 
-  An adapter changes nothing of the base, so it is left out.
+  An adapter or a bridge changes nothing of the base, so they are left out.
   """
-  params = nnx.split_state(params, LoraParam, ...)[1]
+  params = nnx.split_state(params, (LoraParam, BridgeParam), ...)[1]
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path)

@@ -49,3 +49,21 @@ def check_run_config(config: Any, workdir: Path, fingerprint: str) -> None:
   raise ValueError(
     f"{workdir} holds a run with another config: {'; '.join(changed)}. Use another --workdir."
   )
+
+
+def run_config(base: Any, workdir: Path) -> Any:
+  """The config of a run, from the config.json that it left in its workdir.
+
+  Args:
+    base: a config with the fields there are; it is not changed.
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    raise FileNotFoundError(f"{workdir} holds no run (no config.json); train there first.")
+  found = json.loads(path.read_text(encoding="utf-8"))
+  del found["fingerprint"]
+  config = base.copy_and_resolve_references()
+  config.update_from_flattened_dict(flatten_dict(found, sep="."))
+  return config

@@ -15,11 +15,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from alignx_jax.data.rows import Regions, Rows
+from alignx_jax.data.rows import Personas, Regions, Rows
+from alignx_jax.models.bridge import infer
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable, without_lora
 from alignx_jax.objectives.log_probs import response_log_probs
 from alignx_jax.objectives.losses import dpo_loss
+from alignx_jax.objectives.pba import BridgeObjective, bridged_log_probs, only_rows
 from alignx_jax.training import mesh as meshes
 
 
@@ -54,18 +56,24 @@ class Steps(NamedTuple):
 
 
 def make_steps(
-  config, model: Decoder, mesh: Mesh, regions: Regions, optimizer: optax.GradientTransformation
+  config,
+  model: Decoder,
+  mesh: Mesh,
+  regions: Regions,
+  optimizer: optax.GradientTransformation,
+  bridge: BridgeObjective | None = None,
 ) -> Steps:
   """The training programs of a config.
 
   Args:
-    config: configs/base.py's; read here are `objective`, `reference` and `train`.
+    config: configs/base.py's; read here are `bridge`, `objective`, `reference` and `train`.
     model: arrays or shapes alone.
+    bridge: how the model's learned bridge is trained, if it has one.
   Raises:
     ValueError: sizes that do not divide by the mesh.
   """
   shapes = param_shapes(model, mesh)
-  trained, frozen = split_trainable(shapes)
+  trained, frozen = split_trainable(shapes, bridge_alone=config.bridge.alone)
   online = config.reference.kind == "online"
 
   def init(params):
@@ -82,6 +90,7 @@ def make_steps(
     chunk=config.train.head_chunk,
     accumulation=config.train.accumulation,
     online=online,
+    bridge=bridge,
   )
   return Steps(
     init=jax.jit(init, donate_argnums=0, out_shardings=shardings),
@@ -93,7 +102,7 @@ def make_steps(
     ),
     state=state,
     frozen=frozen,
-    rows=row_shapes(regions, config.train.rows, mesh),
+    rows=row_shapes(regions, config.train.rows, mesh, dimensions=count_dimensions(model)),
   )
 
 
@@ -106,18 +115,36 @@ def param_shapes(model: Decoder, mesh: Mesh) -> nnx.State:
   return _with_shardings(shapes, meshes.param_shardings(shapes, mesh))
 
 
-def row_shapes(regions: Regions, rows: int, mesh: Mesh) -> Rows:
-  """Shapes and shardings of a batch of Rows."""
+def count_dimensions(model: Decoder) -> int:
+  """P, of the model's learned bridge; 0 if it has none."""
+  return len(model.bridge.bias_PK) if hasattr(model, "bridge") else 0
+
+
+def row_shapes(
+  regions: Regions, rows: int, mesh: Mesh, *, dimensions: int = 0, given: bool = False
+) -> Rows:
+  """Shapes and shardings of a batch of Rows.
+
+  Args:
+    dimensions: P, of a learned bridge; 0 without.
+    given: P̃ is given to it.
+  """
   sharding = meshes.rows_sharding(mesh, rows)
   L, R, E = regions.layout, regions.response, regions.examples
-  shapes = [(L,), (L,), (L,), (2, R), (E,), (2, E), (E,)]
-  types = [np.int32] * 4 + [np.float32] * 2 + [np.int32]
-  return Rows(
-    *(
-      jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
-      for shape, dtype in zip(shapes, types, strict=True)
-    )
-  )
+  U, X, P = regions.persona, regions.parts, dimensions
+
+  def array(*shape, dtype=np.int32):
+    return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+
+  floats = functools.partial(array, dtype=np.float32)
+  labels = functools.partial(array, dtype=np.int8)
+  shapes = Rows(array(L), array(L), array(L), array(2, R), floats(E), floats(2, E), array(E))
+  if not P:
+    return shapes
+  if given:
+    return shapes._replace(preferences_BEPK=floats(E, P, 3))
+  tokens = array(U), array(U), array(U), array(X), array(X)
+  return shapes._replace(personas=Personas(*tokens, labels(X, P), labels(E, P)))
 
 
 def state_shardings(state: TrainState, params_sharding) -> TrainState:
@@ -149,17 +176,31 @@ def _with_shardings(shapes, shardings):
 
 @functools.cache
 def score_program(graph, mesh: Mesh, chunk: int) -> Callable:
-  """(parameters, Rows) to response log-probs [B, N, E] in nats and the slots [B, E] they are of.
+  """(parameters, Rows) to response log-probs [B, E, N] in nats and the slots [B, E] they are of.
 
-  Both come whole to every device. Models of the same architecture share the program.
+  Where the rows give P̃, the policy reads it through its bridge. Both results come whole to
+  every device. Models of the same architecture share the program.
   """
 
   def score(params, rows):
-    log_probs_BNE = response_log_probs(nnx.merge(graph, params), rows, chunk=chunk)
-    return log_probs_BNE, rows.example_BE
+    model = nnx.merge(graph, params)
+    log_probs_BNE = response_log_probs(model, rows, rows.preferences_BEPK, chunk=chunk)
+    return log_probs_BNE.swapaxes(1, 2), rows.example_BE
 
   return jax.jit(
     score, out_shardings=meshes.replicated(mesh), compiler_options=compiler_options(mesh)
+  )
+
+
+@functools.cache
+def infer_program(graph, mesh: Mesh) -> Callable:
+  """(parameters, Rows) to the log-odds of P̃ [B, E, P, K] and the slots [B, E] they are of."""
+
+  def infer_rows(params, rows):
+    return infer(nnx.merge(graph, params), rows.personas)[0], rows.example_BE
+
+  return jax.jit(
+    infer_rows, out_shardings=meshes.replicated(mesh), compiler_options=compiler_options(mesh)
   )
 
 
@@ -183,6 +224,7 @@ def train_step(
   chunk: int,
   accumulation: int,
   online: bool,
+  bridge: BridgeObjective | None = None,
 ) -> tuple[TrainState, dict]:
   """One update, and its metrics as (numerator, denominator) pairs."""
   gradient, metrics = mean_gradient(
@@ -194,15 +236,21 @@ def train_step(
     chunk=chunk,
     accumulation=accumulation,
     online=online,
+    bridge=bridge,
+    step=state.step,
   )
+  if bridge is not None and bridge.rows is not None:
+    gradient = only_rows(gradient, bridge.rows)
   metrics["gradient_norm"] = (optax.tree.norm(gradient), jnp.float32(1))
   updates, moments = optimizer.update(gradient, state.optimizer, as_float32(state.params))
   params = add_updates(state.params, updates, state.step)
   return TrainState(state.step + 1, params, moments), metrics
 
 
-def mean_gradient(params, frozen, rows, *, graph, beta, chunk, accumulation, online):
-  """Gradient of the mean DPO loss, float32, on `accumulation` equal parts of the rows.
+def mean_gradient(
+  params, frozen, rows, *, graph, beta, chunk, accumulation, online, bridge=None, step=0
+):
+  """Gradient of the mean loss, float32, on `accumulation` equal parts of the rows.
 
   The parts' numerators and gradients are summed and divided once by all their examples, so
   the result is that of the whole batch however the examples fall on the parts.
@@ -210,23 +258,31 @@ def mean_gradient(params, frozen, rows, *, graph, beta, chunk, accumulation, onl
   Args:
     online: take the reference's log-probs from the policy without its adapter, not from the
       rows.
+    bridge: how a learned bridge is trained, if the model has one; `step` is for it.
   Returns:
     The gradient of `params`, and metrics as (numerator, denominator) pairs.
   """
 
-  def log_probs(params, part):
-    model = nnx.merge(graph, nnx.merge_state(params, frozen))
-    return response_log_probs(model, part, chunk=chunk)
+  def model(params):
+    return nnx.merge(graph, nnx.merge_state(params, frozen))
 
   def loss_sum(params, part):
     reference_BNE = part.reference_BNE
     if online:
-      reference_BNE = jax.lax.stop_gradient(log_probs(without_lora(params), part))
-    policy_BNE = log_probs(params, part)
+      reference_BNE = response_log_probs(model(without_lora(params)), part, chunk=chunk)
+      reference_BNE = jax.lax.stop_gradient(reference_BNE)
+    labels = 0.0, {}
+    if bridge is None:
+      policy_BNE = response_log_probs(model(params), part, chunk=chunk)
+    else:
+      policy_BNE, *labels = bridged_log_probs(model(params), part, bridge, step, chunk=chunk)
     (numerator, _), metrics = dpo_loss(policy_BNE, reference_BNE, part.weight_BE, beta=beta)
-    tokens = jnp.sum(part.segments_BL > 0).astype(jnp.float32)
-    slots = jnp.float32(part.segments_BL.size)
-    return numerator, metrics | {"filled": (tokens, slots)}
+    if bridge is not None:
+      numerator += bridge.label_weight * jnp.sum(labels[0])
+    used = [part.segments_BL] + ([part.personas.parts_BU] if part.personas else [])
+    tokens = sum(jnp.sum(segments > 0) for segments in used).astype(jnp.float32)
+    slots = jnp.float32(sum(segments.size for segments in used))
+    return numerator, metrics | labels[1] | {"filled": (tokens, slots)}
 
   def of_part(part):
     gradient, metrics = jax.grad(loss_sum, has_aux=True)(params, part)

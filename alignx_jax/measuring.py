@@ -1,0 +1,151 @@
+"""What an experiment's policies are worth: rows of results.json, and of preferences.json."""
+
+import dataclasses
+from pathlib import Path
+
+from flax import nnx
+
+from alignx_jax.bridges import inferred_logits, preference_rows, temperature_of
+from alignx_jax.evaluation.accuracy import (
+  BridgeScorer,
+  Scorer,
+  accuracy_rows,
+  evaluate_base,
+  evaluate_policy,
+  length_control,
+)
+from alignx_jax.evaluation.calibration import format_preference_table, softmax
+from alignx_jax.evaluation.results import format_table, write_results
+from alignx_jax.experiment import Experiment, has_head, make_formatting
+from alignx_jax.personas.persona import HistoryPolicy
+from alignx_jax.training import hosts
+from alignx_jax.training.reference import LogProbs
+
+
+def policy_name(config) -> str:
+  """What a config's policy is called in results."""
+  if config.objective.name == "pba" and config.bridge.kind == "head":
+    return "pba_head"
+  if config.objective.name == "pba" and config.bridge.inferred_by:
+    return "pba_by_head"
+  return config.objective.name
+
+
+def base_scorer(experiment: Experiment) -> Scorer:
+  """Scores of the untrained base on the test pairs."""
+  return text_scorer(experiment, "base", experiment.load_base())
+
+
+def base_results(experiment: Experiment, base: Scorer, policies) -> list[dict]:
+  """Rows of results.json that need no training: the length control and the base.
+
+  Args:
+    policies: names of those that it is compared with.
+  """
+  return [length_control(experiment.test), *evaluate_base(base, policies)]
+
+
+def policy_results(
+  experiment: Experiment, policy: "Scorer | BridgeScorer", base: Scorer
+) -> list[dict]:
+  """Rows of results.json of a trained policy, with its controls."""
+  name, protocols = policy_name(experiment.config), experiment.config.eval.protocols
+  return evaluate_policy(name, policy, base, protocols=protocols)
+
+
+def policy_scorer(
+  experiment: Experiment, params: nnx.State, workdir: Path
+) -> "Scorer | BridgeScorer":
+  """Scores of trained parameters on the test pairs.
+
+  Args:
+    workdir: of the run, where the temperature of a learned bridge is kept.
+  """
+  if has_head(experiment.config):
+    return bridge_scorer(experiment, params, workdir)
+  return text_scorer(experiment, policy_name(experiment.config), params)
+
+
+def measure(experiment: Experiment, params: nnx.State, workdir: Path) -> None:
+  """Evaluates one run: controls, base and policy, and what its bridge infers if it has one.
+
+  Writes results.json (and preferences.json) and prints them as tables; of several processes the
+  first does.
+  """
+  base = base_scorer(experiment)
+  name = policy_name(experiment.config)
+  results = base_results(experiment, base, [name])
+  policy = policy_scorer(experiment, params, workdir)
+  results += policy_results(experiment, policy, base)
+  preferences = []
+  if has_head(experiment.config):
+    preferences = preference_rows(experiment, policy.inferred_XPK)
+  if not hosts.is_first():
+    return
+  write_results(workdir / "results.json", results)
+  print(format_table(results))
+  if preferences:
+    write_results(workdir / "preferences.json", preferences)
+    print(f"\n{format_preference_table(preferences)}")
+
+
+def bridge_scorer(
+  experiment: Experiment,
+  params: nnx.State,
+  workdir: Path,
+  *,
+  history: HistoryPolicy = HistoryPolicy(),
+) -> BridgeScorer:
+  """Scores of a policy with a learned bridge on the test pairs, by P̃ that its head infers.
+
+  Args:
+    history: what the head sees of a persona.
+  """
+  logits_XPK = inferred_logits(experiment, params, experiment.test, history=history)
+  return BridgeScorer(
+    "pba_head",
+    LogProbs.of(experiment, params),
+    experiment.test,
+    experiment.formatting,
+    experiment.config.eval.rows,
+    softmax(logits_XPK, temperature_of(experiment, params, workdir)),
+  )
+
+
+def text_scorer(experiment: Experiment, name: str, params: nnx.State) -> Scorer:
+  """Scores of a policy, or of the base, that reads text."""
+  # Whatever the condition it trains on, a policy is compared with what reads the whole persona.
+  config = experiment.config.copy_and_resolve_references()
+  config.objective.name = "ica"
+  formatting = make_formatting(config, experiment.formatting.tokenizer, experiment.formatting.space)
+  log_probs = LogProbs.of(experiment, params)
+  return Scorer(name, log_probs, experiment.test, formatting, config.eval.rows)
+
+
+def few_acts_results(
+  name: str, policy: "Scorer | BridgeScorer", base: Scorer, acts: int
+) -> list[dict]:
+  """A policy's matched accuracy where it sees so many acts of each user, drawn from all.
+
+  Args:
+    name: of the policy.
+    policy: reads personas as text; or P̃ that was inferred from so many acts.
+  """
+  if isinstance(policy, BridgeScorer):
+    ratio = policy.score("inferred") - base.score("none")
+  else:
+    key = "persona", False, HistoryPolicy("fixed", acts)
+    ratio = policy.score(*key) - base.score(*key)
+  return accuracy_rows(name, f"{acts} acts", "matched", policy.examples, ratio)
+
+
+def told_results(name: str, policy: Scorer, base: Scorer, told) -> list[dict]:
+  """A text policy's matched accuracy where it is told the profiles that examples have.
+
+  Args:
+    told: the scorers' examples with such profiles.
+  """
+  scores = (
+    dataclasses.replace(scorer, examples=told).score("profile") for scorer in (policy, base)
+  )
+  return accuracy_rows(name, "profile", "matched", told, next(scores) - next(scores))
