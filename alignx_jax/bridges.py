@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 from alignx_jax.data.loader import Loader
 from alignx_jax.data.records import Profiled
@@ -20,8 +21,8 @@ from alignx_jax.evaluation.results import write_text
 from alignx_jax.experiment import Experiment, restored_params
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.persona import HistoryPolicy
-from alignx_jax.personas.preferences import NEUTRAL
-from alignx_jax.training.bridge import label_sample
+from alignx_jax.personas.preferences import NEUTRAL, PreferenceSpace
+from alignx_jax.training.bridge import SPACE, label_sample
 from alignx_jax.training.reference import LogProbs, infer_stream
 
 CALIBRATION = "calibration.json"  # in the workdir of a run with a learned bridge
@@ -84,7 +85,8 @@ def preference_rows(experiment: Experiment, inferred_XPK: np.ndarray) -> list[di
   train_XP = np.where(train_XP < 0, np.nan, train_XP)
   neutral_P = np.full(len(experiment.space), NEUTRAL)
   inferred_XPK = np.where(refused_X[:, None, None], 1 / 3, inferred_XPK)
-  predictors = {"head": inferred_XPK, "frequencies": frequencies(train_XP)}
+  usual_XPK = np.broadcast_to(frequencies(train_XP), inferred_XPK.shape)
+  predictors = {"head": inferred_XPK, "frequencies": usual_XPK}
   averaged = [_averaged(experiment, example) for example in experiment.test]
   if any(directions_P is not None for directions_P in averaged):
     predictors["labels averaged"] = np.stack([neutral_P if d is None else d for d in averaged])
@@ -141,3 +143,15 @@ def told_by(experiment: Experiment) -> Experiment:
     train=profiled(head, params, experiment.train, **options),
     test=profiled(head, params, experiment.test, **options),
   )
+
+
+def save_bridge(bridge, space: PreferenceSpace, directory: Path) -> None:
+  """Writes the parameters of a models.bridge.Bridge, float32, and the space that they are of."""
+  tensors = {
+    name: np.asarray(leaf[...], np.float32) for name, leaf in nnx.to_flat_state(nnx.state(bridge))
+  }
+  save_file(
+    {".".join(map(str, name)): value for name, value in tensors.items()},
+    directory / "bridge.safetensors",
+  )
+  write_text(directory / SPACE, space.to_json())

@@ -450,7 +450,9 @@ def restored_params(experiment: Experiment) -> nnx.State:
     param_shapes(experiment.model, experiment.mesh), bridge_alone=alone
   )
   if jax.tree.leaves(frozen):
-    base = load_params(experiment.config, experiment.model, experiment.mesh)
+    # Beside a bridge alone everything of config.bridge.start is frozen, if there is one.
+    load = lambda: load_params(experiment.config, experiment.model, experiment.mesh)
+    base = experiment.load_base() if alone else load()
     frozen = split_trainable(base, bridge_alone=alone)[1]
     del base  # room for what is restored
   trained = checkpoints.restore_params(step, trained)

@@ -4,7 +4,8 @@
 
 DIR then holds all that transformers and our own config.model.weights need: config.json,
 safetensors, the tokenizer, generation_config.json. An adapter (config.lora) is merged into the
-weights, and written to DIR/adapter as PEFT reads it too.
+weights, and written to DIR/adapter as PEFT reads it too. A learned bridge, which no such format
+has a place for, is written beside: bridge.safetensors, preference_space.json.
 """
 
 from pathlib import Path
@@ -30,6 +31,7 @@ def export(config, workdir: Path, output: Path) -> None:
   from flax import nnx
 
   from alignx_jax import experiment as experiments
+  from alignx_jax.bridges import save_bridge, told_by
   from alignx_jax.data.tokenizers import find_file
   from alignx_jax.models.lora import merge_lora
   from alignx_jax.models.peft import factors_of, save_adapter
@@ -40,7 +42,7 @@ def export(config, workdir: Path, output: Path) -> None:
   for name, taken in (("the workdir", workdir), ("the base model", config.model.weights)):
     if output.resolve() == Path(taken).resolve():
       raise ValueError(f"--output {output} is {name} itself; give another directory.")
-  experiment = experiments.load_experiment(config)
+  experiment = told_by(experiments.load_experiment(config))
   params = experiments.trained_params(experiment, workdir)
   model = nnx.merge(nnx.graphdef(experiment.model), params)
   named = config.model.tokenizer or config.model.weights
@@ -59,6 +61,10 @@ def export(config, workdir: Path, output: Path) -> None:
       alpha=config.lora.alpha,
       base=config.model.weights,
     )
+  if experiments.has_head(config):
+    if first:
+      save_bridge(model.bridge, experiment.space, output)
+    del model.bridge
   merge_lora(model)  # of a model without an adapter, nothing
   save_decoder(model, output)
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -185,7 +186,7 @@ def global_batches(loader, hosts, lanes_BW, count):
 
 
 def joined(rows, lanes):
-  whole = type(rows[0])(*(np.concatenate(arrays) for arrays in zip(*rows, strict=True)))
+  whole = jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
   return whole, np.concatenate(lanes)
 
 

@@ -11,14 +11,17 @@ from alignx_jax.training import mesh as meshes
 from tests.processes import run_together
 
 # replica, fsdp, tensor, context
-SIZES = [(1, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 4, 1, 1), (1, 4, 1, 2), (1, 2, 2, 2)]
+SIZES = {
+  "ica": [(1, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 4, 1, 1), (1, 4, 1, 2), (1, 2, 2, 2)],
+  "pba": [(1, 1, 1, 1), (2, 4, 1, 1), (1, 2, 2, 2)],  # two passes take twice as long to compile
+}
 
 
-@pytest.fixture(scope="module", params=["ica", "pba"])
+@pytest.fixture(scope="module", params=SIZES)
 def steps(request, tmp_path_factory):
-  """An objective, and one step of it on each of SIZES, in a process of eight devices."""
+  """An objective, and one step of it on each of its SIZES, in a process of eight devices."""
   path = tmp_path_factory.mktemp("steps") / "steps.npz"
-  numbers = [n for sizes in SIZES for n in sizes]
+  numbers = [n for sizes in SIZES[request.param] for n in sizes]
   arguments = ["-m", "tests.one_step", path, request.param, *numbers]
   run_together(arguments, processes=1, devices=8, timeout=600)
   return request.param, dict(np.load(path))
@@ -37,15 +40,17 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found[name], value, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("i", range(1, len(SIZES)))
-def test_one_step_is_the_same_on_every_mesh(steps, i):
-  _, arrays = steps
-  assert_close(of_mesh(arrays, i), of_mesh(arrays, 0))
+def test_one_step_is_the_same_on_every_mesh(steps):
+  objective, arrays = steps
+  for i in range(1, len(SIZES[objective])):
+    assert_close(of_mesh(arrays, i), of_mesh(arrays, 0))
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1, 1), (1, 2, 2, 1)])
 def test_two_processes_of_two_devices_make_the_same_step(steps, tmp_path, sizes):
   objective, arrays = steps
+  if objective == "pba" and sizes[2] == 1:
+    return  # the other mesh splits all that this one does
   path = tmp_path / "two.npz"
   run_together(["-m", "tests.one_step", path, objective, *sizes], processes=2, devices=2)
   assert_close(of_mesh(dict(np.load(path)), 0), of_mesh(arrays, 0))

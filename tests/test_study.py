@@ -1,6 +1,8 @@
 """The whole main job on a tiny model: every row, report and picture, and the same again."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +70,15 @@ def test_a_report_pictures_and_all_runs_are_left_behind(finished):
 def test_the_same_study_again_gives_the_same_results(finished):
   config, workdir, results = finished
   assert study.run_study(config, workdir) == results
+
+
+def test_the_readme_reads_adds_to_and_steers_a_users_preferences(finished, capsys):
+  _, workdir, _ = finished
+  readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+  (code,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+  names = {}
+  exec(code.replace("runs/study", str(workdir)), names)
+  assert names["steered"]["Likes photography"] == 1.0
+  assert names["steered"]["Likes music"] >= 0.5
+  printed = capsys.readouterr().out.strip().splitlines()
+  assert len(printed) > 10 and "%" in printed[1]

@@ -147,8 +147,8 @@ class AlignXConfig(tfds.core.BuilderConfig):
     return {name: getattr(self, name) for name in names}
 
 
-def _subspace(indices) -> PreferenceSpace:
-  return PreferenceSpace(tuple(alignx_space().dimensions[i] for i in indices))
+def _subspace(indices, name: str) -> PreferenceSpace:
+  return PreferenceSpace(tuple(alignx_space().dimensions[i] for i in indices), name)
 
 
 _TRAINING = {"records": TRAIN_SOURCES, "splits": ("train", "validation")}
@@ -170,7 +170,7 @@ CONFIGS = (
   AlignXConfig(
     name="uf_p_4",
     description="UF-P-4: four qualities of UltraFeedback, wanted or not.",
-    space=_subspace([44, 42, 41, 43]),
+    space=_subspace([44, 42, 41, 43], "uf_p_4"),
   ),
   AlignXConfig(
     name="simulated", description="Simulated users.", splits=("train", "validation", "test")

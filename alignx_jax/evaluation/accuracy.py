@@ -176,6 +176,7 @@ class BridgeScorer:
     if shuffle:
       preferences_XPK = preferences_XPK[others(len(self.examples))]
     known_X = np.isfinite(preferences_XPK).all(axis=(1, 2))
+    preferences_XPK = np.nan_to_num(preferences_XPK)  # a NaN would spread over its whole row
     formatting = dataclasses.replace(
       self.formatting,
       history=HistoryPolicy(),

@@ -243,6 +243,8 @@ def train_step(
     gradient = only_rows(gradient, bridge.rows)
   metrics["gradient_norm"] = (optax.tree.norm(gradient), jnp.float32(1))
   updates, moments = optimizer.update(gradient, state.optimizer, as_float32(state.params))
+  if bridge is not None and bridge.rows is not None:
+    updates = only_rows(updates, bridge.rows)  # weights decay without a gradient too
   params = add_updates(state.params, updates, state.step)
   return TrainState(state.step + 1, params, moments), metrics
 
