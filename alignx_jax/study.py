@@ -36,7 +36,7 @@ def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
   from alignx_jax import experiment as experiments
   from alignx_jax.evaluation import preference_pictures
   from alignx_jax.evaluation.calibration import reliability
-  from alignx_jax.evaluation.pictures import write_picture
+  from alignx_jax.evaluation.pictures import write_picture, write_svg
   from alignx_jax.evaluation.report import write_report
   from alignx_jax.evaluation.results import write_results
   from alignx_jax.training.metrics import read_metrics
@@ -83,9 +83,11 @@ def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
       for group, dimensions in aligned.space.groups.items()
     }
     one = {"space": aligned.space, "probabilities_PK": inferred_XPK[0], "truth_P": labels_XP[0]}
-    preference_pictures.write_preference_chart(workdir / "preferences.svg", **one)
+    chart = preference_pictures.preference_chart(**one)
+    if "<svg" in chart:  # P̃ says something
+      write_svg(workdir / "preferences.svg", chart)
     pictures = [
-      ("One simulated test user, as P̃", preference_pictures.preference_chart(**one)),
+      ("One simulated test user, as P̃", chart),
       ("How well P̃ is inferred", preference_pictures.preference_table(preferences)),
       ("Is it as often so as P̃ says", preference_pictures.reliability_diagram(groups)),
     ]

@@ -20,8 +20,8 @@ def get_config():
   config.history.policy = "all"
   config.regions.context = 640
   config.regions.response = 96
-  config.regions.examples = 3
-  # With a learned bridge: three examples to a row of 1,422 tokens.
+  config.regions.examples = 4
+  # With a learned bridge: three examples to a row of 1,512 tokens.
   config.regions.prompt = 96
   config.regions.persona = 864
   config.regions.parts = 30
