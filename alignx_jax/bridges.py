@@ -18,7 +18,7 @@ from alignx_jax.evaluation.calibration import (
   softmax,
 )
 from alignx_jax.evaluation.results import write_text
-from alignx_jax.experiment import Experiment, restored_params
+from alignx_jax.experiment import Experiment, has_head, restored_params
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.preferences import NEUTRAL, PreferenceSpace
@@ -127,11 +127,10 @@ def profiled(
 def told_by(experiment: Experiment) -> Experiment:
   """The experiment as config.bridge.inferred_by says: with P̃ of that run's bridge, if any."""
   config = experiment.config
-  if (
-    config.objective.name != "pba" or config.bridge.kind != "text" or not config.bridge.inferred_by
-  ):
+  workdir = config.bridge.inferred_by
+  if config.objective.name != "pba" or has_head(config) or not workdir:
     return experiment
-  head = experiment.of_run(config.bridge.inferred_by)
+  head = experiment.of_run(workdir)
   params = restored_params(head)
   options = {
     "temperature": temperature_of(head, params, head.workdir),

@@ -101,7 +101,7 @@ class Experiment:
   @property
   def space(self) -> PreferenceSpace:
     """The dimensions of the bridge, or of the records."""
-    return self.formatting.bridge_space or self.formatting.space
+    return self.formatting.space_of_bridge
 
   def of_run(self, workdir: str) -> "Experiment":
     """The experiment that made a run with a learned bridge, on this one's mesh and data.
@@ -162,23 +162,25 @@ def has_head(config) -> bool:
 
 def make_formatting(config, tokenizer: Tokenizer, space: PreferenceSpace) -> Formatting:
   """How a config's examples become token ids when its policy is trained."""
-  sizes, head = config.regions, has_head(config)
   formatting = Formatting(
     tokenizer=tokenizer,
     space=space,
-    regions=Regions(
-      sizes.prompt if head else sizes.context,
-      sizes.response,
-      sizes.examples,
-      *((sizes.persona, sizes.parts) if head else ()),
-    ),
+    regions=configured_regions(config),
     chat=config.prompt.chat,
     prompt=config.prompt.format,
     condition=CONDITIONS[config.objective.name, config.bridge.kind],
     history=HistoryPolicy(**config.history),
-    bridge_space=bridge_space(config) if head else None,
+    bridge_space=bridge_space(config) if has_head(config) else None,
   )
   return _with_regions(config, formatting)
+
+
+def configured_regions(config) -> Regions:
+  """The sizes that config.regions gives by hand."""
+  sizes = config.regions
+  if has_head(config):
+    return Regions(sizes.prompt, sizes.response, sizes.examples, sizes.persona, sizes.parts)
+  return Regions(sizes.context, sizes.response, sizes.examples)
 
 
 def data_space(config) -> PreferenceSpace:

@@ -6,10 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -100,14 +100,13 @@ def compile_programs(
     return found
 
   # The frequencies of directions, which weigh the loss, change no cost: none are counted.
-  no_data = SimpleNamespace(
-    examples=(),
-    formatting=SimpleNamespace(space=space, bridge_space=experiments.bridge_space(config)),
-  )
+  objective = None
+  if bridge:
+    of_bridge = experiments.bridge_space(config) or space
+    objective = bridge_objective(config, of_bridge, np.zeros((0, dimensions)), _STEPS)
   optimizer = make_optimizer(
     config.optimizer, _STEPS, bridge_learning_rate=config.bridge.learning_rate if bridge else 0.0
   )
-  objective = bridge_objective(config, no_data, _STEPS)
   steps = make_steps(config, model, mesh, regions, optimizer, objective)
   rows = config.train.rows
   found = {
@@ -165,11 +164,8 @@ def compile_programs(
 
 def regions_of(config: Any) -> Regions:
   """The sizes of config.regions, or those proposed for its data, tokenizer and prompts."""
-  sizes = config.regions
-  if experiments.has_head(config):
-    return Regions(sizes.prompt, sizes.response, sizes.examples, sizes.persona, sizes.parts)
-  if not sizes.layout:
-    return Regions(sizes.context, sizes.response, sizes.examples)
+  if experiments.has_head(config) or not config.regions.layout:
+    return experiments.configured_regions(config)
   tokenizer = load_tokenizer(config.model.tokenizer or find_file(config.model.weights))
   return experiments.make_formatting(config, tokenizer, prepared_space(config.data.path)).regions
 

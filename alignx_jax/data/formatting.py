@@ -76,9 +76,9 @@ class Formatting:
     return prompt_format(self.prompt).get("bos", chat_format(self.chat)["bos"])
 
   @property
-  def dimensions(self) -> int:
-    """P, of a learned bridge."""
-    return len(self.bridge_space or self.space)
+  def space_of_bridge(self) -> PreferenceSpace:
+    """The dimensions of a learned bridge."""
+    return self.bridge_space or self.space
 
   def labels(self, directions_P: np.ndarray | None) -> np.ndarray | None:
     """Directions in the space of a learned bridge as labels: 0, 1, 2; −1 where not known."""

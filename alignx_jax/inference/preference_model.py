@@ -76,7 +76,7 @@ class PreferenceModel:
   @property
   def space(self) -> PreferenceSpace:
     """The dimensions of P̃."""
-    return self.formatting.bridge_space or self.formatting.space
+    return self.formatting.space_of_bridge
 
   def read(self, personas: Sequence[Sequence[Part]]) -> list[Evidence]:
     """What the parts of each persona say together, [P, Q, …] in float64.

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from alignx_jax.data.loader import Loader
 from alignx_jax.data.tokenizers import Tokenizer
 from alignx_jax.models.bridge import TABLES
 from alignx_jax.objectives.pba import BridgeObjective, class_shares, class_weights
@@ -20,28 +19,31 @@ SPACE = "preference_space.json"  # in the workdir of a run with a learned bridge
 _SAMPLE = 4096
 
 
-def bridge_objective(config, loader: Loader, steps: int) -> BridgeObjective | None:
-  """What config.bridge says of training; None if there is no learned bridge.
+def bridge_objective(
+  config, space: PreferenceSpace, labels_XP: np.ndarray, steps: int
+) -> BridgeObjective:
+  """What config.bridge says of training a learned bridge.
 
+  Args:
+    space: of the bridge.
+    labels_XP: label_sample of the training data, whose frequencies weigh the loss.
   Raises:
-    ValueError: a field out of range.
+    ValueError: config.bridge.new_only has nothing to train, or to start from.
   """
   bridge = config.bridge
-  if config.objective.name != "pba" or bridge.kind != "head":
-    return None
   return BridgeObjective(
     label_weight=bridge.label_weight,
     act_weight=bridge.act_weight,
-    class_weights=class_weights(label_sample(loader.examples, loader.formatting), bridge.balance),
+    class_weights=class_weights(labels_XP, bridge.balance),
     forcing=tuple(bridge.forcing),
     forcing_steps=bridge.forcing_share * steps,
     dpo_gradient=bridge.dpo_gradient,
     seed=config.seed,
-    rows=_new_rows(bridge, loader.formatting),
+    rows=_new_rows(bridge, space),
   )
 
 
-def _new_rows(bridge, formatting) -> tuple[int, ...] | None:
+def _new_rows(bridge, space: PreferenceSpace) -> tuple[int, ...] | None:
   """Indices of the dimensions to train alone; None for all."""
   if not bridge.new_only:
     return None
@@ -51,7 +53,7 @@ def _new_rows(bridge, formatting) -> tuple[int, ...] | None:
       "frozen model: set config.bridge.start to a run and config.bridge.alone to True."
     )
   old = PreferenceSpace.from_json(Path(bridge.start) / SPACE)
-  rows_P = (formatting.bridge_space or formatting.space).rows_from(old)
+  rows_P = space.rows_from(old)
   if not (rows_P < 0).any():
     raise ValueError(
       f"The preference space has no dimension that {bridge.start} has not; set "
@@ -65,9 +67,7 @@ def label_sample(examples: Sequence, formatting) -> np.ndarray:
   places = np.unique(np.linspace(0, len(examples) - 1, min(_SAMPLE, len(examples))).astype(int))
   labels = [formatting.labels(examples[int(i)].directions) for i in places]
   known = [label for label in labels if label is not None]
-  return (
-    np.stack(known) if known else np.zeros((0, len(formatting.bridge_space or formatting.space)))
-  )
+  return np.stack(known) if known else np.zeros((0, len(formatting.space_of_bridge)))
 
 
 def start_bridge(

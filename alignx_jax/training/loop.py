@@ -15,7 +15,7 @@ from alignx_jax.data.rows import Rows
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.training import hosts
-from alignx_jax.training.bridge import bridge_objective
+from alignx_jax.training.bridge import bridge_objective, label_sample
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import MetricWriter, divide
 from alignx_jax.training.optimizer import make_optimizer
@@ -27,7 +27,7 @@ from alignx_jax.training.reference import (
   fingerprint,
 )
 from alignx_jax.training.run_config import check_run_config, save_run_config
-from alignx_jax.training.steps import make_steps
+from alignx_jax.training.steps import count_dimensions, make_steps
 
 
 class TrainResult(NamedTuple):
@@ -80,7 +80,10 @@ def train(
       )
 
   # ------------------------------------------------------------------ programs and state
-  bridge = bridge_objective(config, loader, steps)
+  bridge = None
+  if count_dimensions(model):
+    labels_XP = label_sample(loader.examples, loader.formatting)
+    bridge = bridge_objective(config, loader.formatting.space_of_bridge, labels_XP, steps)
   optimizer = make_optimizer(
     config.optimizer, steps, bridge_learning_rate=config.bridge.learning_rate if bridge else 0.0
   )

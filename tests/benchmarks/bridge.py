@@ -41,7 +41,7 @@ from alignx_jax.models.presets import get_architecture
 from alignx_jax.personas.preferences import alignx_space
 from alignx_jax.personas.simulator import TALKATIVE, simulate_record
 from alignx_jax.training import mesh as meshes
-from alignx_jax.training.bridge import bridge_objective, start_bridge
+from alignx_jax.training.bridge import bridge_objective, label_sample, start_bridge
 from alignx_jax.training.optimizer import make_optimizer
 from alignx_jax.training.steps import (
   count_dimensions,
@@ -107,8 +107,10 @@ class Side:
 
   def step(self):
     """A function that trains for one step."""
-    loader = Loader(self.examples, self.formatting, rows=self.config.train.rows)
-    bridge = bridge_objective(self.config, loader, 1000)
+    bridge = None
+    if count_dimensions(self.model):
+      labels_XP = label_sample(self.examples, self.formatting)
+      bridge = bridge_objective(self.config, self.formatting.space_of_bridge, labels_XP, 1000)
     rate = self.config.bridge.learning_rate if bridge else 0.0
     optimizer = make_optimizer(self.config.optimizer, 1000, bridge_learning_rate=rate)
     regions = self.formatting.regions
