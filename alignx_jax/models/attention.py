@@ -8,6 +8,7 @@ A plain causal sequence is a row without response regions (R = 0).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ def rotary_tables(positions_BL, architecture):
     kept_A = jnp.clip(kept_A, 0.0, 1.0)
     frequency_A = frequency_A * (kept_A + (1 - kept_A) / scaling.factor)
   angle_BLA = positions_BL[..., None].astype(jnp.float32) * frequency_A
-  return jnp.cos(angle_BLA), jnp.sin(angle_BLA)
+  # Without the barrier XLA's CPU backend computes both anew wherever a head is rotated.
+  return jax.lax.optimization_barrier((jnp.cos(angle_BLA), jnp.sin(angle_BLA)))
 
 
 def rotate(x_BLHA, tables):
@@ -43,6 +45,19 @@ def rotate(x_BLHA, tables):
     [first * cos_BL1A - second * sin_BL1A, second * cos_BL1A + first * sin_BL1A], axis=-1
   )
   return rotated.astype(x_BLHA.dtype)
+
+
+class Keys(NamedTuple):
+  """Keys, values and the examples they belong to; with an axis N if each branch has its own.
+
+  Attributes:
+    k, v: [B, K, T, A] or [B, K, N, T, A].
+    segments: [B, T] or [B, N, T].
+  """
+
+  k: jax.Array
+  v: jax.Array
+  segments: jax.Array
 
 
 def packed_attention(q_BLHA, k_BLKA, v_BLKA, segments_BL, *, response: int, block: int = 256):
@@ -71,50 +86,106 @@ def packed_attention(q_BLHA, k_BLKA, v_BLKA, segments_BL, *, response: int, bloc
 
   seg_BC = segments_BL[:, :C]
   block = max(block, -(-C // 8))
-  blocks = []
+  mixed = []
   for start in range(0, C, block):
     end = min(start + block, C)
-    same_BST = seg_BC[:, start:end, None] == seg_BC[:, None, :end]
-    mask_BST = same_BST & (jnp.arange(start, end)[:, None] >= jnp.arange(end))
-    score = jnp.einsum("bkgsa,bkta->bkgst", q_BKGLA[..., start:end, :], k_BKLA[:, :, :end])
-    (weight,), total = _exponentials((score, mask_BST[:, None, None]))
-    blocks.append(jnp.einsum("bkgst,bkta->bkgsa", weight, v_BKLA[:, :, :end]) / total)
+    before = Keys(k_BKLA[:, :, :end], v_BKLA[:, :, :end], seg_BC[:, :end])
+    q_BKNGSA = q_BKGLA[:, :, None, :, start:end]  # N = 1
+    mixed_BKNGSA = _attend((start,), q_BKNGSA, seg_BC[:, None, start:end], (before,))
+    mixed.append(mixed_BKNGSA.reshape(B, H, end - start, A))
   if R:
     # Both branches at once: N is an axis, not two calls.
-    q_BKGNRA = q_BKGLA[..., C:, :].reshape(B, K, H // K, 2, R, A)
-    k_BKNRA = k_BKLA[:, :, C:].reshape(B, K, 2, R, A)
-    v_BKNRA = v_BKLA[:, :, C:].reshape(B, K, 2, R, A)
+    branches = lambda x_BKLA: x_BKLA[:, :, C:].reshape(B, K, 2, R, A)
     seg_BNR = segments_BL[:, C:].reshape(B, 2, R)
-    to_context = jnp.einsum("bkgnra,bkta->bkgnrt", q_BKGNRA, k_BKLA[:, :, :C])
-    to_self = jnp.einsum("bkgnra,bknta->bkgnrt", q_BKGNRA, k_BKNRA)
-    context_mask = seg_BNR[..., None] == seg_BC[:, None, None, :]
-    causal_RR = jnp.arange(R)[:, None] >= jnp.arange(R)
-    self_mask = (seg_BNR[..., :, None] == seg_BNR[..., None, :]) & causal_RR
-    (on_context, on_self), total = _exponentials(
-      (to_context, context_mask[:, None, None]), (to_self, self_mask[:, None, None])
-    )
-    branches = jnp.einsum("bkgnrt,bkta->bkgnra", on_context, v_BKLA[:, :, :C])
-    branches += jnp.einsum("bkgnrt,bknta->bkgnra", on_self, v_BKNRA)
-    blocks.append((branches / total).reshape(B, K, H // K, 2 * R, A))
-  mixed = jnp.concatenate(blocks, axis=3).astype(q_BLHA.dtype)
-  return mixed.transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
+    context = Keys(k_BKLA[:, :, :C], v_BKLA[:, :, :C], seg_BC)
+    own = Keys(branches(k_BKLA), branches(v_BKLA), seg_BNR)
+    q_BKNGRA = q_BKGLA[..., C:, :].reshape(B, K, H // K, 2, R, A).swapaxes(2, 3)
+    mixed_BKNGRA = _attend((None, 0), q_BKNGRA, seg_BNR, (context, own))
+    mixed.append(mixed_BKNGRA.swapaxes(2, 3).reshape(B, H, 2 * R, A))
+  return jnp.concatenate(mixed, axis=2).swapaxes(1, 2)
 
 
-def _exponentials(*scores_and_masks):
-  """A masked softmax over several groups of keys, before its division.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(starts, q_BKNGSA, segments_BNS, groups):
+  """Softmax attention of queries over groups of keys that are not laid side by side.
 
-  The groups are not laid side by side and the weights not divided, which would copy the
-  largest arrays there are; divide what the weights mixed. In float32 whatever the type.
+  The backward pass recomputes the weights from their logarithmic sums (Dao et al. 2022), so
+  that nothing of the size of the scores is kept, and takes all products with the scores as
+  the one side that is not transposed. Scores are float32 whatever the type.
 
   Args:
-    scores_and_masks: pairs of [..., keys]; each query sees a key of some group.
+    starts: for each group, the position of the first query among its keys, each query seeing
+      the keys up to itself; None where it sees all.
+    q_BKNGSA: scaled queries of N branches, G heads for each of the K of the keys.
+    segments_BNS: the example each query belongs to; each sees a key of some group.
+    groups: Keys.
   Returns:
-    The weights of each group in the scores' type, and their float32 sum [..., 1] over all.
+    Mixed values, like the queries.
   """
-  masked = [jnp.where(mask, score.astype(jnp.float32), -1e30) for score, mask in scores_and_masks]
-  peaks = [jnp.max(score, axis=-1, keepdims=True) for score in masked]
-  peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
-  weights = [jnp.exp(score - peak) for score in masked]
-  dtype = scores_and_masks[0][0].dtype
+  return _forward(starts, q_BKNGSA, segments_BNS, groups)[0]
+
+
+def _forward(starts, q_BKNGSA, segments_BNS, groups):
+  scores = [
+    _scores(q_BKNGSA, segments_BNS, keys, start) for start, keys in zip(starts, groups, strict=True)
+  ]
+  peaks = [jnp.max(jnp.where(mask, score, -1e30), axis=-1, keepdims=True) for score, mask in scores]
+  peak = functools.reduce(jnp.maximum, peaks)
+  weights = [jnp.where(mask, jnp.exp(score - peak), 0.0) for score, mask in scores]
   total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
-  return [weight.astype(dtype) for weight in weights], total
+  dtype = q_BKNGSA.dtype
+  pairs = zip(weights, groups, strict=True)
+  # The weights are not divided, which would copy the largest arrays there are.
+  mixed = sum(_product(weight.astype(dtype), keys.v) for weight, keys in pairs) / total
+  mixed = mixed.astype(dtype)
+  return mixed, (q_BKNGSA, segments_BNS, groups, mixed, peak + jnp.log(total))
+
+
+def _backward(starts, saved, gradient):
+  q_BKNGSA, segments_BNS, groups, mixed, log_total = saved
+  of_total = gradient.astype(jnp.float32) * mixed.astype(jnp.float32)
+  of_total = jnp.sum(of_total, axis=-1, keepdims=True)
+  dtype = q_BKNGSA.dtype
+  of_q, of_groups = 0.0, []
+  for start, keys in zip(starts, groups, strict=True):
+    score, mask = _scores(q_BKNGSA, segments_BNS, keys, start)
+    weight = jnp.where(mask, jnp.exp(score - log_total), 0.0)
+    of_score = weight * (_product(gradient, keys.v.swapaxes(-1, -2)) - of_total)
+    of_score, weight = of_score.astype(dtype), weight.astype(dtype)
+    of_q += _product(of_score, keys.k)
+    of_keys = _transposed(q_BKNGSA, of_score, keys.k), _transposed(gradient, weight, keys.v)
+    of_groups.append(Keys(*of_keys, None))
+  return of_q.astype(dtype), None, tuple(of_groups)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scores(q_BKNGSA, segments_BNS, keys: Keys, start: int | None):
+  """Scores [B, K, N, G, S, T] in float32, and a mask of their shape where they count."""
+  score = _product(q_BKNGSA, keys.k.swapaxes(-1, -2))
+  of_keys = keys.segments if keys.segments.ndim == 3 else keys.segments[:, None]
+  mask_BNST = segments_BNS[..., None] == of_keys[..., None, :]
+  if start is not None:
+    S, T = mask_BNST.shape[-2:]
+    mask_BNST &= jnp.arange(start, start + S)[:, None] >= jnp.arange(T)
+  return score, mask_BNST[:, None, :, None]
+
+
+def _product(x, y):
+  """x [B, K, N, G, S, …] times y, whose leading axes are [B, K] or [B, K, N], in float32."""
+  flat = x.reshape(*y.shape[:-2], -1, x.shape[-1])
+  out = jnp.matmul(flat, y, preferred_element_type=jnp.float32)
+  return out.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _transposed(x, weight, like):
+  """Σ over queries of weight [B, K, N, G, S, T] · x [B, K, N, G, S, A], shaped like keys.
+
+  As (xᵀ · weight)ᵀ: to transpose the weights would copy them.
+  """
+  batch = like.shape[:-2]
+  x = x.reshape(*batch, -1, x.shape[-1]).swapaxes(-1, -2)
+  weight = weight.reshape(*batch, -1, weight.shape[-1])
+  out = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+  return out.swapaxes(-1, -2).astype(like.dtype)
