@@ -1,6 +1,7 @@
 """What a learned bridge infers: calibrated, measured, and told to other policies as text."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from alignx_jax.evaluation.calibration import (
   preference_results,
   softmax,
 )
-from alignx_jax.evaluation.results import write_text
 from alignx_jax.experiment import Experiment, has_head, restored_params
+from alignx_jax.files import write_text
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.preferences import NEUTRAL, PreferenceSpace
 from alignx_jax.training.bridge import SPACE, label_sample
+from alignx_jax.training.checksums import checksums
 from alignx_jax.training.reference import LogProbs, infer_stream
 
 CALIBRATION = "calibration.json"  # in the workdir of a run with a learned bridge
@@ -42,15 +44,19 @@ def inferred_logits(
 
 
 def temperature_of(experiment: Experiment, params: nnx.State, workdir: Path) -> float:
-  """The temperature of a run's P̃, fitted once on the validation split and kept in its workdir.
+  """The temperature of a run's P̃, fitted on the validation split and kept in its workdir.
 
-  1 where there is no labelled validation split.
+  1 where there is no labelled validation split. It is of these parameters: fitted anew when the
+  run has gone on.
   """
   path = workdir / CALIBRATION
+  weights = hashlib.sha256(repr(checksums(params)).encode()).hexdigest()[:32]
   if path.exists():
-    return float(json.loads(path.read_text(encoding="utf-8"))["temperature"])
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept.get("weights", weights) == weights:  # without: set by hand
+      return float(kept["temperature"])
   labels_XP = directions_of(experiment, experiment.validation)
-  found = {"temperature": 1.0, "users": 0}
+  found = {"temperature": 1.0, "users": 0, "weights": weights}
   if np.isfinite(labels_XP).any():
     logits_XPK = inferred_logits(experiment, params, experiment.validation)
     known_X = np.isfinite(logits_XPK).all(axis=(1, 2))

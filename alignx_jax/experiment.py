@@ -1,7 +1,7 @@
 """What a config stands for: model, data and formatting; trained and evaluated."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,7 +19,7 @@ from alignx_jax.data.splits import load_splits
 from alignx_jax.data.stream import mixing_rates
 from alignx_jax.data.tokenizers import Tokenizer, find_file, load_tokenizer
 from alignx_jax.evaluation.accuracy import PROTOCOLS
-from alignx_jax.evaluation.results import write_text
+from alignx_jax.files import write_text
 from alignx_jax.models.bridge import BridgeParam, add_bridge
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import LoraParam, add_lora, split_trainable
@@ -254,6 +254,39 @@ def check_sizes(config, mesh: Mesh) -> None:
     raise ValueError(
       f"config.eval.protocols has {sorted(unknown)[0]!r}; there are {', '.join(PROTOCOLS)}."
     )
+  check_bridge(config, mesh)
+
+
+def check_bridge(config, mesh: Mesh) -> None:
+  """Raises ValueError, naming the field, on what a learned bridge cannot be or be made of."""
+  bridge, sizes = config.bridge, config.regions
+  if not has_head(config):
+    for field in ("alone", "new_only", "start"):
+      if bridge[field]:
+        raise ValueError(
+          f"config.bridge.{field} is of a learned bridge; set config.objective.name to 'pba' and "
+          "config.bridge.kind to 'head'."
+        )
+    return
+  if len(bridge.forcing) != 2 or not all(0 <= share <= 1 for share in bridge.forcing):
+    raise ValueError(
+      f"config.bridge.forcing is {tuple(bridge.forcing)}; set it to two shares from 0 to 1, of the "
+      "first steps and of the last."
+    )
+  for field in ("label_weight", "act_weight", "forcing_share", "threshold"):
+    if bridge[field] < 0:
+      raise ValueError(f"config.bridge.{field} is {bridge[field]}; set it to 0 or more.")
+  for field in ("prompt", "persona", "parts"):
+    if sizes[field] < 1:
+      raise ValueError(
+        f"config.regions.{field} is {sizes[field]}; a learned bridge needs 1 or more."
+      )
+  context = mesh.shape["context"]
+  if sizes.persona % context:
+    raise ValueError(
+      f"config.regions.persona is {sizes.persona}; set it to a multiple of the {context} devices "
+      "that positions are split over (config.mesh.context)."
+    )
 
 
 def abstract_model(config, arch, *, platform: str, dimensions: int = 0) -> Decoder:
@@ -367,18 +400,26 @@ def load_tokenizer_and_model(
       f"The tokenizer has {tokenizer.vocab_size} ids and the model {weights} embeds "
       f"{model.arch.vocab_size}; set config.model.tokenizer to the model's own."
     )
-  longest = config.regions.context + config.regions.response
+  field = "prompt" if has_head(config) else "context"
+  longest = config.regions[field] + config.regions.response
   if longest > model.arch.max_positions:
     raise ValueError(
-      f"config.regions.context and response make {longest} positions; {weights} was made for "
+      f"config.regions.{field} and response make {longest} positions; {weights} was made for "
       f"{model.arch.max_positions}: lower them."
     )
   return tokenizer, model
 
 
-def run_training(experiment: Experiment, workdir: Path) -> TrainResult:
+def run_training(
+  experiment: Experiment,
+  workdir: Path,
+  *,
+  evaluate: Callable[[nnx.State], float] | None = None,
+) -> TrainResult:
   """Trains as the config says; again resumes.
 
+  Args:
+    evaluate: see loop.train.
   Raises:
     ValueError: the workdir has a bridge of another space.
   """
@@ -393,6 +434,7 @@ def run_training(experiment: Experiment, workdir: Path) -> TrainResult:
     params=experiment.load_base(),
     mesh=experiment.mesh,
     loader=training_loader(experiment),
+    evaluate=evaluate,
   )
 
 
@@ -425,13 +467,13 @@ def training_loader(experiment: Experiment) -> Loader:
 
 
 def trained_params(experiment: Experiment, workdir: Path) -> nnx.State:
-  """All parameters of the newest checkpoint of a run of this config.
+  """All parameters of the newest good checkpoint of a run of this config.
 
   Raises:
     FileNotFoundError: there is none.
     ValueError: another config made the run, or its bridge is of another space.
   """
-  _newest_step(workdir)
+  _checkpoints(workdir)
   check_space(experiment, workdir)
   base = experiment.load_base()
   key = cache_key(training_loader(experiment), experiment.model, fingerprint(base))
@@ -441,12 +483,12 @@ def trained_params(experiment: Experiment, workdir: Path) -> nnx.State:
 
 
 def restored_params(experiment: Experiment) -> nnx.State:
-  """All parameters of the newest checkpoint of an experiment's workdir.
+  """All parameters of the newest good checkpoint of an experiment's workdir.
 
   Raises:
     FileNotFoundError: there is none.
   """
-  checkpoints, step = _newest_step(experiment.workdir)
+  checkpoints = _checkpoints(experiment.workdir)
   alone = experiment.config.bridge.alone
   trained, frozen = split_trainable(
     param_shapes(experiment.model, experiment.mesh), bridge_alone=alone
@@ -457,14 +499,13 @@ def restored_params(experiment: Experiment) -> nnx.State:
     base = experiment.load_base() if alone else load()
     frozen = split_trainable(base, bridge_alone=alone)[1]
     del base  # room for what is restored
-  trained = checkpoints.restore_params(step, trained)
+  trained = checkpoints.newest_params(trained).state
   checkpoints.close()
   return nnx.merge_state(trained, frozen)
 
 
-def _newest_step(workdir: Path) -> tuple[Checkpoints, int]:
+def _checkpoints(workdir: Path) -> Checkpoints:
   checkpoints = Checkpoints(workdir, keep=1)
-  step = checkpoints.latest_step()
-  if step is None:
+  if not checkpoints.steps():
     raise FileNotFoundError(f"{workdir} has no checkpoint; train there first.")
-  return checkpoints, step
+  return checkpoints

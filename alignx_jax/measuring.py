@@ -1,12 +1,15 @@
 """What an experiment's policies are worth: rows of results.json, and of preferences.json."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from flax import nnx
 
 from alignx_jax.bridges import inferred_logits, preference_rows, temperature_of
 from alignx_jax.evaluation.accuracy import (
+  CONDITIONS,
   BridgeScorer,
   Scorer,
   accuracy_rows,
@@ -89,6 +92,34 @@ def measure(experiment: Experiment, params: nnx.State, workdir: Path) -> None:
     print(f"\n{format_preference_table(preferences)}")
 
 
+def validation_accuracy(experiment: Experiment) -> Callable[[nnx.State], float]:
+  """All parameters to matched accuracy on the validation split, as config.eval.every asks.
+
+  Raises:
+    ValueError: there is no validation split.
+  """
+  if not len(experiment.validation):
+    raise ValueError(
+      "config.eval.every evaluates on the validation split, and this data has none; set it to 0."
+    )
+  experiment = dataclasses.replace(experiment, test=experiment.validation)
+  name, head = policy_name(experiment.config), has_head(experiment.config)
+  condition = CONDITIONS[name][0]
+  reference_XN = base_scorer(experiment).score("none" if head else condition)
+
+  def evaluate(params) -> float:
+    if head:
+      inferred_XPK = softmax(inferred_logits(experiment, params, experiment.test))
+      policy = _bridge_scorer(experiment, params, inferred_XPK)
+    else:
+      policy = text_scorer(experiment, name, params)
+    ratio_XN = policy.score(condition) - reference_XN
+    margin_X = (ratio_XN[:, 0] - ratio_XN[:, 1])[np.isfinite(ratio_XN).all(axis=1)]
+    return float((margin_X > 0).mean())
+
+  return evaluate
+
+
 def bridge_scorer(
   experiment: Experiment,
   params: nnx.State,
@@ -102,13 +133,18 @@ def bridge_scorer(
     history: what the head sees of a persona.
   """
   logits_XPK = inferred_logits(experiment, params, experiment.test, history=history)
+  temperature = temperature_of(experiment, params, workdir)
+  return _bridge_scorer(experiment, params, softmax(logits_XPK, temperature))
+
+
+def _bridge_scorer(experiment, params, inferred_XPK) -> BridgeScorer:
   return BridgeScorer(
     "pba_head",
     LogProbs.of(experiment, params),
     experiment.test,
     experiment.formatting,
     experiment.config.eval.rows,
-    softmax(logits_XPK, temperature_of(experiment, params, workdir)),
+    inferred_XPK,
   )
 
 

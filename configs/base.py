@@ -119,12 +119,24 @@ def get_config() -> ConfigDict:
   config.train.accumulation = 1  # parts a step's rows are processed in
   config.train.head_chunk = 128  # response positions at a time in the head
   config.train.log_every = 1  # steps
-  config.train.checkpoint_every = 500  # steps
-  config.train.keep_checkpoints = 2
   config.train.devices = 0  # 0: all
+  config.train.checkpoint_every = 500  # steps
+  # Kept: so many of the last, each of a multiple of so many steps, and the best by accuracy.
+  config.train.keep_checkpoints = 2
+  config.train.keep_every = 0  # 0: none
+  # Where a new run begins instead of the model's weights: the workdir of another, or a
+  # checkpoint in it; with its optimizer and its place in the data.
+  config.train.restore = ""
+  config.train.may_differ = ()  # fields that may, from the run that is gone on with
+  config.train.stop_after_skipped = 3  # steps in a row that are not finite
+  config.train.spike_factor = 10.0  # of the usual gradient norm: then the examples are logged
+  config.train.log_text = False  # logs show what users wrote, not only ids of examples
+  config.train.profile = (0, 0)  # first step and end of a profiler's window
+  config.train.barrier_seconds = 300.0  # that hosts wait for one another at the start
 
   config.eval = ConfigDict()
   config.eval.rows = 8  # packed rows of an evaluation batch
+  config.eval.every = 0  # steps between evaluations on the validation split; 0: none
   config.eval.protocols = ("matched", "release", "unconditioned")
   config.lock()  # a misspelt field in a config or on the command line is an error
   return config

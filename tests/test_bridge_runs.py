@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from alignx_jax import bridges, measuring
 from alignx_jax import experiment as experiments
@@ -30,6 +29,8 @@ from alignx_jax.preference_model import (
 from alignx_jax.training.metrics import read_metrics
 from configs import base
 from tests.small_records import small_record
+
+pytestmark = pytest.mark.usefixtures("programs_are_kept")
 
 
 def _dimension(topic: str) -> Dimension:
@@ -138,26 +139,6 @@ def _column(run: Run, name: str) -> list[float]:
 def _results(workdir: Path, *keys: str) -> list[tuple]:
   rows = json.loads((workdir / "results.json").read_text())
   return [tuple(row[key] for key in keys) for row in rows]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs_are_kept(tmp_path_factory):
-  """Many runs have the same programs: each is compiled once, in half the time."""
-  options = {
-    "jax_disable_most_optimizations": True,
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-  }
-  before = {name: jax.config.values[name] for name in options}
-
-  def switch(values):
-    for name, value in values.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-  switch(options)
-  yield
-  switch(before)
 
 
 @pytest.fixture(scope="module")
@@ -476,13 +457,20 @@ def test_a_run_is_measured_the_same_each_time(measured, tmp_path):
     assert (tmp_path / "copy" / name).read_text() == (measured.workdir / name).read_text()
 
 
-def test_the_temperature_is_fitted_on_the_validation_split_and_kept(measured):
+def test_the_temperature_is_fitted_on_the_validation_split_and_kept(measured, tmp_path):
   experiment, params = measured.experiment, measured.params
   logits_XPK = bridges.inferred_logits(experiment, params, experiment.validation)
   labels_XP = np.array([example.directions for example in experiment.validation])
   kept = json.loads((measured.workdir / bridges.CALIBRATION).read_text())
-  assert kept == {"temperature": fit_temperature(logits_XPK, labels_XP), "users": len(labels_XP)}
-  assert kept["temperature"] != 1
+  assert kept["temperature"] == fit_temperature(logits_XPK, labels_XP) != 1
+  assert kept["users"] == len(labels_XP)
+  # Of these weights: others have their own.
+  bridge = lambda path: "bias_PK" in jax.tree_util.keystr(path)
+  other = jax.tree_util.tree_map_with_path(lambda p, x: x + 1 if bridge(p) else x, params)
+  shutil.copytree(measured.workdir, tmp_path / "copy")
+  bridges.temperature_of(experiment, other, tmp_path / "copy")
+  again = json.loads((tmp_path / "copy" / bridges.CALIBRATION).read_text())
+  assert again["weights"] != kept["weights"]
   assert load_preference_model(measured.workdir).temperature == kept["temperature"]
 
 
@@ -591,9 +579,22 @@ def test_a_policy_is_trained_on_profiles_and_measured_with_its_controls(told, ca
   [
     ("bridge.kind", "tokens", "config.bridge.kind is 'tokens'; set it to text or head"),
     ("bridge.size", 0, "config.bridge.size is 0; set it to 1 or more"),
+    ("bridge.forcing", (3.0, -1.0), r"config.bridge.forcing is \(3.0, -1.0\); .* from 0 to 1"),
+    ("bridge.label_weight", -1.0, "config.bridge.label_weight is -1.0; set it to 0 or more"),
+    ("regions.persona", 0, "config.regions.persona is 0"),
+    ("regions.parts", 0, "config.regions.parts is 0"),
+    ("regions.prompt", 10**6, "config.regions.prompt and response make"),
   ],
 )
 def test_a_bridge_that_cannot_be_is_refused_by_its_field(directory, field, value, message):
   config = _config(directory / "old", {field: value})
   with pytest.raises(ValueError, match=message):
+    experiments.load_experiment(config)
+
+
+@pytest.mark.parametrize("field", ["alone", "new_only", "start"])
+def test_what_is_of_a_learned_bridge_is_refused_without(directory, field):
+  value = "runs/other" if field == "start" else True
+  config = _config(directory / "old", {"bridge.kind": "text", f"bridge.{field}": value})
+  with pytest.raises(ValueError, match=rf"config\.bridge\.{field} is of a learned bridge"):
     experiments.load_experiment(config)

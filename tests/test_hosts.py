@@ -12,6 +12,7 @@ from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.metrics import read_metrics
 from configs import base
+from tests.faults.kill_and_resume import consumed
 from tests.processes import run_together
 from tests.small_records import small_record
 
@@ -67,10 +68,12 @@ def test_two_processes_are_as_one(tmp_path, data):
   assert len(lines) == len(others) == 4
   for line, other in zip(lines, others, strict=True):
     assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
-  (one,) = (tmp_path / "one" / "reference").glob("reference_*.npy")
-  scores = np.load(one)
+  (one,) = (tmp_path / "one" / "reference").glob("reference_*.npz")
+  scores, others = (
+    np.load(tmp_path / name / "reference" / one.name)["scores"] for name in ("one", "two")
+  )
   assert scores.shape == (25, 2) and np.all(np.isfinite(scores))
-  np.testing.assert_allclose(np.load(tmp_path / "two" / "reference" / one.name), scores, rtol=1e-5)
+  np.testing.assert_allclose(others, scores, rtol=1e-5)
   one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
   assert [(r["policy"], r["condition"], r["examples"]) for r in one] == [
     (r["policy"], r["condition"], r["examples"]) for r in two
@@ -85,6 +88,39 @@ def test_two_processes_are_as_one(tmp_path, data):
     run("export", tmp_path / "two", data, processes=processes, devices=devices, extra=extra)
   for file in ("model.safetensors", "config.json"):
     assert (tmp_path / "hf1" / file).read_bytes() == (tmp_path / "hf2" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_elsewhere_with_the_same_examples_and_losses(tmp_path, data):
+  """Two processes, then one on another mesh, then four; each was asked to stop."""
+  settings = SETTINGS | {"data.path": data, "train.epochs": 3, "train.checkpoint_every": 99}
+
+  def part(workdir, processes, devices, stop_at=None, **mesh):
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    flags += [f"--config.mesh.{name}={value}" for name, value in mesh.items()]
+    flags += [f"--stop_at={stop_at}"] if stop_at else []
+    command = ["-m", "tests.faults.small_run", "--config=configs/base.py", f"--workdir={workdir}"]
+    outputs = run_together([*command, *flags], processes=processes, devices=devices)
+    assert all(("stopped" in output) == (stop_at is not None) for output in outputs)
+    return consumed(workdir)
+
+  def forget():
+    for file in (tmp_path / "moved").glob("consumed_*.jsonl"):
+      file.unlink()
+
+  whole = part(tmp_path / "whole", 1, 4, fsdp=4)
+  found = part(tmp_path / "moved", 2, 2, stop_at=2, fsdp=4)
+  first = max(found)
+  forget()
+  found |= part(tmp_path / "moved", 1, 4, stop_at=6, fsdp=2, tensor=2)
+  second = max(found)
+  assert 2 <= first < 6 <= second < max(whole)
+  forget()
+  found |= part(tmp_path / "moved", 4, 1, fsdp=4)
+  assert found.keys() == whole.keys()
+  for step, (loss, examples) in whole.items():
+    assert sorted(found[step][1]) == sorted(examples), step
+    assert float.fromhex(found[step][0]) == pytest.approx(float.fromhex(loss), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_online_training_starts_at_log_two_and_changes_the_factors_alone(config,
   lines = read_metrics(tmp_path / "run")
   assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
   assert np.mean([line["loss"] for line in lines[-3:]]) < 0.65
-  assert not list((tmp_path / "run").rglob("reference_*.npy"))
+  assert not list((tmp_path / "run").rglob("reference_*.npz"))
   base_params = experiment.load_base()
   before, after = split_trainable(base_params), split_trainable(result.params)
   assert all(

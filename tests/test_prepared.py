@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +124,12 @@ def test_reading_imports_no_tensorflow(directory):
 def test_what_is_not_whole_is_refused_with_the_remedy(tmp_path):
   with pytest.raises(FileNotFoundError, match="no data_card.json.*it goes on where it stopped"):
     open_prepared(str(tmp_path))
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_a_shard_that_vanished_or_is_damaged_is_named(directory, tmp_path, harm):
+  copy = Path(shutil.copytree(directory, tmp_path / "set"))
+  shards = sorted(copy.glob("*-train.array_record-*"))
+  harm(shards[0])
+  with pytest.raises(OSError, match=r"Record \d+ of the split 'train' in .*set cannot be read"):
+    list(open_prepared(str(copy))["train"])

@@ -17,6 +17,8 @@ from alignx_jax.training.metrics import read_metrics
 from configs import base
 from tests.small_records import small_record
 
+pytestmark = pytest.mark.usefixtures("programs_are_kept")
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -168,7 +170,7 @@ def test_a_run_is_not_resumed_with_other_records(config, tmp_path):
   records = [small_record(i) for i in range(48)]
   records[3]["chosen"] += " tea"
   Path(config.data.path).write_text(json.dumps(records))
-  with pytest.raises(ValueError, match="the records or the base model's weights have changed"):
+  with pytest.raises(ValueError, match="the records, the tokenizer or the base"):
     _run(config, tmp_path / "run")
 
 
@@ -185,9 +187,9 @@ def test_epochs_alike_share_one_reference(config, tmp_path):
   config.history.policy = "all"
   config.train.epochs = 2
   _, lines = _run(config, tmp_path / "run")
-  (file,) = (tmp_path / "run" / "reference").glob("*.npy")
+  (file,) = (tmp_path / "run" / "reference").glob("*.npz")
   examples = experiments.load_experiment(config).train
-  assert np.load(file).shape == (len(examples), 2)
+  assert np.load(file)["scores"].shape == (len(examples), 2)
   assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 

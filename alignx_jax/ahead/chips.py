@@ -119,6 +119,14 @@ CHIPS = {
 }
 
 
+def peak_flops(device) -> float | None:
+  """Peak bfloat16 FLOP/s of a JAX device; None where it is not known, as of CPUs."""
+  names = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e"}
+  kind = device.device_kind.removeprefix("TPU ")
+  chip = CHIPS.get(names.get(kind, kind)) if device.platform == "tpu" else None
+  return chip and chip.flops
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
   """Chips to compile for.

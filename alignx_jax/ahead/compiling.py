@@ -61,9 +61,7 @@ def compile_programs(
   space = experiments.data_space(config)
   dimensions = experiments.bridge_dimensions(config, space)
   model = experiments.abstract_model(config, arch, platform="tpu", dimensions=dimensions)
-  bridge = (
-    flops.BridgeSizes(dimensions, config.bridge.size, config.bridge.alone) if dimensions else None
-  )
+  bridge = flops.bridge_sizes(config, dimensions)
   regions = regions_of(config)
   prompts = dataclasses.replace(regions, persona=0, parts=0)
   policy, personas = flops.bridged(regions, dimensions), flops.persona_rows(regions)

@@ -33,6 +33,11 @@ class BridgeSizes:
   alone: bool = False
 
 
+def bridge_sizes(config: Any, dimensions: int) -> BridgeSizes | None:
+  """Of a config's learned bridge over so many dimensions; None for none."""
+  return BridgeSizes(dimensions, config.bridge.size, config.bridge.alone) if dimensions else None
+
+
 def bridged(regions: Regions, dimensions: int) -> Regions:
   """The rows that a policy with a bridge reads: E · P positions more before the context."""
   return dataclasses.replace(regions, context=regions.context + regions.examples * dimensions)

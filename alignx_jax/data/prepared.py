@@ -37,7 +37,15 @@ class PreparedExamples(Sequence):
       return dataclasses.replace(self, indices=self.indices[index])
     from alignx_jax.data.alignx import from_features
 
-    return from_features(self._records[int(self.indices[index])])
+    place = int(self.indices[index])
+    try:
+      features = self._records[place]
+    except Exception as error:  # whatever the library makes of a shard that is gone or damaged
+      raise OSError(
+        f"Record {place} of the split {self.split!r} in {self.directory} cannot be read ({error}): "
+        "restore that file, or prepare the set anew in another directory."
+      ) from error
+    return from_features(features)
 
   def __iter__(self) -> Iterator[Example]:
     return (self[i] for i in range(len(self)))

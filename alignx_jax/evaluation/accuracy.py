@@ -232,6 +232,7 @@ def evaluate_policy(
       references["release"] = ("persona", True)
     if isinstance(scorer, BridgeScorer):
       references["matched"] = references.pop("unconditioned")
+      protocols = dict.fromkeys("matched" if p == "unconditioned" else p for p in protocols)
     # Without a persona there is one prompt, hence one protocol.
     for protocol in (
       (p for p in protocols if p in references) if condition != "none" else ["matched"]

@@ -4,7 +4,8 @@ import math
 from html import escape
 from pathlib import Path
 
-from alignx_jax.evaluation.results import EMPTY, LEGEND, check, interval, percent, write_text
+from alignx_jax.evaluation.results import EMPTY, LEGEND, check, interval, percent
+from alignx_jax.files import write_text
 
 CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 # Metric, heading, reference value, its label, and the label's shift from the line in SVG units.
@@ -120,7 +121,7 @@ def training_curves(curves):
 def _panel(curves, styles, metric, heading, mark, mark_label, shift):
   """The SVG of one metric: 360 by 220 units, scaled to its column."""
   given = {
-    run: [(e["step"], e[metric]) for e in entries if e.get(metric) is not None]
+    run: [(e["step"], math.nan if e[metric] is None else e[metric]) for e in entries if metric in e]
     for run, entries in curves.items()
   }
   runs = {run: [p for p in points if math.isfinite(p[1])] for run, points in given.items()}

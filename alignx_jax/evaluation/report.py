@@ -15,8 +15,8 @@ from alignx_jax.evaluation.results import (
   check,
   interval,
   percent,
-  write_text,
 )
+from alignx_jax.files import write_text
 
 
 def write_report(

@@ -6,8 +6,8 @@ were scored. Other keys are kept and ignored.
 """
 
 import json
-import os
-from pathlib import Path
+
+from alignx_jax.files import write_text
 
 LEGEND = {
   "policy": {
@@ -81,19 +81,6 @@ def check(results):
     for key in ("accuracy", "low", "high"):
       if not 0 <= result[key] <= 1:  # NaN fails too
         raise ValueError(f"results[{i}][{key!r}] is {result[key]}: give a share, from 0 to 1")
-
-
-def write_text(path, text):
-  """Writes beside `path`, then renames: a reader sees the old file or the new one whole."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    # User text may hold lone surrogates, which UTF-8 cannot.
-    temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def percent(result):

@@ -11,6 +11,7 @@ nothing of dimensions, so a space is data, and a new dimension starts with what 
 taught.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,17 @@ from alignx_jax.personas.prompts import PART_KINDS
 TABLES = ("token_PKD", "pole_PQD", "bias_PK")
 LEAST = 0.15  # probability of not being neutral from which a dimension's token is seen
 VALUES = 16  # V, what a token says of the poles that it matches
+
+
+def _exact(method):
+  """Products in float32: TPUs would take bfloat16, whose error the exponentials enlarge."""
+
+  @functools.wraps(method)
+  def call(*arguments):
+    with jax.default_matmul_precision("highest"):
+      return method(*arguments)
+
+  return call
 
 
 class BridgeParam(nnx.Param):
@@ -80,6 +92,7 @@ class Bridge(nnx.Module):
     self.least = BridgeParam(jnp.full((), 4.0, jnp.float32))
     self.out_QVK = normal(2, V, 3, scale=0.1 * V**-0.5)
 
+  @_exact
   def evidence(self, hidden_BUD, embedded_BUD, parts_BU, kinds_BX) -> Evidence:
     """What the tokens of each part say: [B, X, …].
 
@@ -108,12 +121,14 @@ class Bridge(nnx.Module):
       jnp.einsum("bpqu,buxv->bxpqv", weight_BPQU, own_BUXV),
     )
 
+  @_exact
   def logits(self, evidence: Evidence):
     """Log-odds of negative, neutral and positive [..., P, K]; P̃ is their softmax."""
     # Beside something that never matches, of mass 1, little evidence counts little.
     value_PQV = evidence.value_PQV / (1 + evidence.mass_PQ)[..., None]
     return self.bias_PK[...] + jnp.einsum("...pqv,qvk->...pk", value_PQV, self.out_QVK[...])
 
+  @_exact
   def tokens(self, preferences_PK):
     """Bridge tokens [..., P, D], float32, of given P̃ [..., P, K]."""
     return jnp.einsum("...pk,pkd->...pd", preferences_PK, self.token_PKD[...])

@@ -1,62 +1,236 @@
-"""Orbax checkpoints of state and data position, as one unit per step."""
+"""Orbax checkpoints: state, data position and what made them, one unit for each step.
 
+A checkpoint is written beside its place and renamed when it is whole. It carries a checksum of
+each of its arrays, over their values, so what is read is compared with what was saved whatever
+the mesh, the number of hosts or the file system. One that is damaged is set aside, named, and
+the one before it taken.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers as policies
+
+from alignx_jax.training import hosts
+from alignx_jax.training.checksums import checksums
+
+
+class Restored(NamedTuple):
+  """A checkpoint that was read.
+
+  Attributes:
+    state: what was asked for.
+    run: what `save` was given as such.
+  """
+
+  step: int
+  state: Any
+  run: dict
 
 
 class Checkpoints:
-  """The checkpoints of one workdir."""
+  """The checkpoints of one workdir: the last `keep`, every `every`-th step's, and the best."""
 
-  def __init__(self, workdir: Path, *, keep: int):
+  def __init__(self, workdir: Path, *, keep: int, every: int = 0):
+    """
+    Args:
+      every: steps; 0 for none.
+    """
+    kept = [policies.LatestN(keep)]
+    if every:
+      kept.append(policies.EveryNSteps(every))
+    accuracy = lambda metrics: metrics["accuracy"]
+    kept.append(policies.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False))
+    self.directory = (Path(workdir) / "checkpoints").absolute()
     self._manager = ocp.CheckpointManager(
-      (workdir / "checkpoints").absolute(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-    )
-
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
-
-  def save(self, step: int, state, lanes_BW: np.ndarray | None = None) -> None:
-    """Starts saving a TrainState, and where the loader's stream goes on if it has one."""
-    data = {} if lanes_BW is None else {"data": ocp.args.StandardSave({"lanes_BW": lanes_BW})}
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave({"step": state.step, "optimizer": state.optimizer}),
-        **data,
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        enable_async_checkpointing=True,
       ),
     )
 
-  def restore(self, step: int, state):
-    """A TrainState in the shapes and shardings of `state`."""
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=_restore_like(state.params),
-        optimizer=_restore_like({"step": state.step, "optimizer": state.optimizer}),
-      ),
+  def steps(self) -> list[int]:
+    """Steps there are checkpoints of, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state, run: dict, *, accuracy: float | None = None) -> None:
+    """Starts saving a TrainState; waits for the save before it.
+
+    Args:
+      run: what else belongs to it, as JSON can hold it.
+      accuracy: by which the best checkpoint is kept.
+    Raises:
+      OSError: this or the last one could not be written.
+    """
+    parts = _parts(state)
+    body = {"run": run, "checksums": {name: checksums(part) for name, part in parts.items()}}
+    items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+    items["run"] = ocp.args.JsonSave(body | {"digest": _digest(body)})
+    metrics = None if accuracy is None else {"accuracy": accuracy}
+    with self._told(f"The checkpoint of step {step}"):
+      self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+  def newest(
+    self,
+    state,
+    check: Callable[[dict], None] = lambda run: None,
+    *,
+    only: int | None = None,
+    keep_damaged: bool = False,
+  ) -> Restored | None:
+    """The newest good checkpoint, in the shapes and shardings of a TrainState; None if none is.
+
+    Those after it are damaged: they are moved to `damaged/`, with a warning that names them.
+
+    Args:
+      check: raises if a run cannot go on from here.
+      only: a step that alone is looked at.
+      keep_damaged: leave them where they are.
+    Raises:
+      ValueError: there are checkpoints and every one is damaged.
+    """
+    steps = [step for step in self.steps() if only in (None, step)]
+    parts = _parts(state)
+    found = self._newest(steps, parts, check, aside=not keep_damaged)
+    return found and found._replace(
+      state=state._replace(params=found.state["params"], **found.state["optimizer"])
     )
-    return state._replace(params=restored["params"], **restored["optimizer"])
 
-  def restore_lanes(self, step: int, lanes_BW: np.ndarray) -> np.ndarray:
-    """Where the loader's stream goes on, in the shape of `lanes_BW`."""
-    args = ocp.args.Composite(data=_restore_like({"lanes_BW": lanes_BW}))
-    return np.asarray(self._manager.restore(step, args=args)["data"]["lanes_BW"])
+  def newest_params(self, params) -> Restored | None:
+    """Likewise, the parameters alone; what is damaged is left where it is."""
+    found = self._newest(self.steps(), {"params": params}, lambda run: None, aside=False)
+    return found and found._replace(state=found.state["params"])
 
-  def restore_params(self, step: int, params):
-    """The parameters alone, in the shapes and shardings of `params`."""
-    args = ocp.args.Composite(params=_restore_like(params))
-    return self._manager.restore(step, args=args)["params"]
+  def _newest(self, steps, like, check, *, aside):
+    for step in reversed(steps):
+      body = self._try(step, self._read_run)
+      if not isinstance(body, _Damage):
+        check(body["run"])
+        found = self._read(step, like, body)
+      else:
+        found = body
+      if not isinstance(found, _Damage):
+        return Restored(step, found, body["run"])
+      logging.warning("The checkpoint of step %d is damaged: %s.", step, found.reason)
+      if aside:
+        self._set_aside(step)
+    if steps:
+      raise ValueError(
+        f"Every checkpoint in {self.directory.parent} is damaged ({', '.join(map(str, steps))}); "
+        "they are kept. Use another --workdir to start anew."
+      )
+    return None
+
+  def _read_run(self, step):
+    args = ocp.args.Composite(run=ocp.args.JsonRestore())
+    body = dict(self._manager.restore(step, args=args)["run"])
+    if body.pop("digest", None) != _digest(body):
+      raise ValueError("what it says of its run has changed")
+    return body
+
+  def _read(self, step, like, body):
+    args = ocp.args.Composite(**{name: _restore_like(part) for name, part in like.items()})
+    parts = self._try(step, lambda step: self._manager.restore(step, args=args))
+    if isinstance(parts, _Damage):
+      return parts
+    for name in like:
+      sums = body["checksums"][name]
+      wrong = [key for key, value in checksums(parts[name]).items() if sums.get(key) != value]
+      if wrong:
+        return _Damage(f"{len(wrong)} arrays differ from what was saved, as {name}{wrong[0]}")
+    return parts
+
+  def _try(self, step, read):
+    """What is read of a step; or the damage, if there is any for some process."""
+    try:
+      result = read(step)
+    except Exception as error:  # whatever a library makes of damaged files
+      reason = str(error).strip().splitlines() or [""]
+      result = _Damage(f"{type(error).__name__}: {reason[0][:200]}")
+    if not hosts.all_true(not isinstance(result, _Damage)) and not isinstance(result, _Damage):
+      return _Damage("another host cannot read it")
+    return result
+
+  def _set_aside(self, step: int) -> None:
+    if hosts.is_first():
+      source = self.directory / str(step)
+      target = self.directory.parent / "damaged" / str(step)
+      target.parent.mkdir(exist_ok=True)
+      while target.exists():
+        target = target.with_name(f"{target.name}_again")
+      source.rename(target)
+    hosts.all_true(True)  # all see it gone
+    self._manager.reload()
 
   def close(self) -> None:
-    """Waits for saves under way."""
-    self._manager.wait_until_finished()
+    """Waits for saves under way.
+
+    Raises:
+      OSError: one could not be written.
+    """
+    with self._told("A checkpoint"):
+      self._manager.wait_until_finished()
     self._manager.close()
+
+  def _told(self, what: str):
+    return _Told(what, self)
+
+
+class _Damage(NamedTuple):
+  reason: str
+
+
+class _Told:
+  """Turns what a library raises when it cannot write into one sentence."""
+
+  def __init__(self, what: str, checkpoints: Checkpoints):
+    self._what, self._checkpoints = what, checkpoints
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if isinstance(error, Exception):
+      steps = self._checkpoints.steps()
+      last = f"The last good one is of step {steps[-1]}" if steps else "There is none yet"
+      known = ("No space left on device", "Read-only file system", "Permission denied")
+      reason = next((text for text in known if text in str(error)), str(error).strip()[:300])
+      raise OSError(
+        f"{self._what} could not be written to {self._checkpoints.directory}: {reason}. {last}; "
+        "mend that and run the same command again."
+      ) from error
+
+
+def _parts(state) -> dict:
+  """A TrainState as items that can be read by themselves."""
+  return {"params": state.params, "optimizer": {"step": state.step, "optimizer": state.optimizer}}
 
 
 def _restore_like(tree):
   return ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+
+
+def _digest(body: dict) -> str:
+  text = json.dumps({key: body[key] for key in ("run", "checksums")}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def lanes_to_json(lanes_BW: np.ndarray) -> list[list[int]]:
+  """Where the loader's stream goes on, without the empty places."""
+  return [lane_W[lane_W >= 0].tolist() if lane_W[0] >= 0 else [] for lane_W in lanes_BW]
+
+
+def lanes_from_json(lanes: list[list[int]], like_BW: np.ndarray) -> np.ndarray:
+  """The inverse, in the shape of `like_BW`."""
+  lanes_BW = np.full_like(like_BW, -1)
+  for row, lane in zip(lanes_BW, lanes, strict=True):
+    row[: len(lane)] = lane
+  return lanes_BW

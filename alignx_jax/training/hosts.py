@@ -1,5 +1,7 @@
 """Several processes that act as one: who reads which rows, and what all must agree on."""
 
+import hashlib
+import itertools
 import os
 
 import jax
@@ -84,3 +86,54 @@ def all_true(value: bool) -> bool:
 def largest(value: int) -> int:
   """The largest of all processes' values; all processes must call."""
   return int(np.max(multihost_utils.process_allgather(np.array(value))))
+
+
+def check_same(values: dict[str, str]) -> None:
+  """Compares what every process has of each name; all processes must call.
+
+  Raises:
+    ValueError: some differ; names what, and the processes that differ from the first.
+  """
+  if jax.process_count() == 1:
+    return
+  digests = [list(hashlib.sha256(value.encode()).digest()) for value in values.values()]
+  all_HNB = np.asarray(multihost_utils.process_allgather(np.array(digests, np.uint8)))
+  differ_HN = (all_HNB != all_HNB[:1]).any(axis=-1)
+  wrong = [
+    f"{name} (process {', '.join(map(str, np.flatnonzero(differ_H)))})"
+    for name, differ_H in zip(values, differ_HN.T, strict=True)
+    if differ_H.any()
+  ]
+  if wrong:
+    raise ValueError(
+      f"The processes of this run do not have the same {'; '.join(wrong)} as process 0: start all "
+      "from the same commit with the same flags and files."
+    )
+
+
+_BARRIERS = itertools.count()  # a name is used once
+
+
+def barrier(name: str, seconds: float) -> None:
+  """Waits for all processes.
+
+  Raises:
+    RuntimeError: some did not come in time; names them.
+  """
+  count = jax.process_count()
+  if count == 1:
+    return
+  from jax._src.distributed import global_state  # no public way to a barrier with a time-out
+
+  client = global_state.client
+  key = f"alignx_jax/{name}/{next(_BARRIERS)}"
+  client.key_value_set(f"{key}/{jax.process_index()}", "here")
+  try:
+    client.wait_at_barrier(key, timeout_in_ms=round(1000 * seconds))
+  except Exception as error:
+    here = {path.rsplit("/", 1)[1] for path, _ in client.key_value_dir_get(f"{key}/")}
+    missing = [str(index) for index in range(count) if str(index) not in here]
+    raise RuntimeError(
+      f"Waited {seconds:.0f} s at {name!r} for process {', '.join(missing) or '?'} of {count}: "
+      "see its log; start all processes again."
+    ) from error

@@ -1,23 +1,27 @@
 """The training loop: mesh, model, data, reference, step, checkpoints; top to bottom."""
 
 import contextlib
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
+from absl import logging
 from flax import nnx
-from tqdm import tqdm
 
+from alignx_jax.ahead import flops
 from alignx_jax.data.loader import PACKING, Loader
-from alignx_jax.data.rows import Rows
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.training import hosts
 from alignx_jax.training.bridge import bridge_objective, label_sample
-from alignx_jax.training.checkpoints import Checkpoints
-from alignx_jax.training.metrics import MetricWriter, divide
+from alignx_jax.training.checkpoints import (
+  Checkpoints,
+  Restored,
+  lanes_from_json,
+  lanes_to_json,
+)
+from alignx_jax.training.monitor import Monitor, Pending
 from alignx_jax.training.optimizer import make_optimizer
 from alignx_jax.training.reference import (
   LogProbs,
@@ -26,8 +30,10 @@ from alignx_jax.training.reference import (
   counted_steps,
   fingerprint,
 )
-from alignx_jax.training.run_config import check_run_config, save_run_config
+from alignx_jax.training.run_config import check_config, run_record, save_run_config
 from alignx_jax.training.steps import count_dimensions, make_steps
+from alignx_jax.training.stopping import EXIT_CODE, StopRequest, any_host
+from alignx_jax.training.workdir import in_use
 
 
 class TrainResult(NamedTuple):
@@ -38,30 +44,53 @@ class TrainResult(NamedTuple):
 
 
 def train(
-  config, workdir: str | Path, *, model: Decoder, params: nnx.State, mesh, loader: Loader
+  config,
+  workdir: str | Path,
+  *,
+  model: Decoder,
+  params: nnx.State,
+  mesh,
+  loader: Loader,
+  evaluate: Callable[[nnx.State], float] | None = None,
 ) -> TrainResult:
   """Trains `model` on the loader's stream with the DPO loss; resumes what it finds.
 
   Args:
-    config: configs/base.py's; read here are `bridge`, `objective`, `optimizer`, `reference` and
-      `train`.
+    config: configs/base.py's; read here are `bridge`, `eval.every`, `objective`, `optimizer`,
+      `reference` and `train`.
     workdir: gets checkpoints, metrics.jsonl and TensorBoard files. The same call again
-      goes on from the newest checkpoint.
+      goes on from the newest good checkpoint.
     model: shapes alone.
     params: the start of the policy, and the frozen reference; they are given away.
     mesh: on which the parameters lie.
+    evaluate: all parameters to alignment accuracy, every `eval.every` steps.
   Raises:
     ValueError: the workdir holds a run of another config; or the data gives too few steps.
-    FloatingPointError: the loss is not finite; names the step and the examples.
+    FloatingPointError: steps in a row are not finite; names them and the examples.
+    OSError: the workdir cannot be written to, or a live run writes to it.
+    SystemExit: asked to stop by SIGTERM or Ctrl-C; the state is saved.
   """
-  workdir = Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  with in_use(workdir):
+    return _train(config, Path(workdir), model, params, mesh, loader, evaluate)
+
+
+def _train(config, workdir, model, params, mesh, loader, evaluate) -> TrainResult:
+  hosts.barrier("start", config.train.barrier_seconds)
 
   # ------------------------------------------------------------------ reference and data
   log_probs = LogProbs(model, params, mesh, loader.rows, config.train.head_chunk)
   weights = fingerprint(params)
   key = cache_key(loader, model, weights)
   run_key = f"{key}-{PACKING}"
+  record = run_record(config, run_key, loader.formatting)
+  hosts.check_same(
+    {
+      "config": repr(config.to_dict()),
+      "code": record["version"],
+      "data, tokenizer and base model": run_key,
+      "mesh": repr(dict(mesh.shape)),
+    }
+  )
   directory = config.reference.directory or workdir / "reference"
   if config.reference.kind == "cached":
     loader.reference = cached_reference(log_probs, loader, directory, weights)
@@ -79,92 +108,150 @@ def train(
         else "Every training example was refused: the warnings above say why."
       )
 
-  # ------------------------------------------------------------------ programs and state
-  bridge = None
+  # ------------------------------------------------------------------ programs
+  bridge, regions = None, loader.formatting.regions
   if count_dimensions(model):
     labels_XP = label_sample(loader.examples, loader.formatting)
     bridge = bridge_objective(config, loader.formatting.space_of_bridge, labels_XP, steps)
   optimizer = make_optimizer(
     config.optimizer, steps, bridge_learning_rate=config.bridge.learning_rate if bridge else 0.0
   )
-  programs = make_steps(config, model, mesh, loader.formatting.regions, optimizer, bridge)
+  programs = make_steps(config, model, mesh, regions, optimizer, bridge)
   rows_sharding = programs.rows.tokens_BL.sharding
   del log_probs
   trained, frozen = split_trainable(params, bridge_alone=config.bridge.alone)
   del params
 
   # ------------------------------------------------------------------ resume
-  lanes_BW = loader.start()[own]
-  checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
-  first = checkpoints.latest_step() or 0
-  if first:
-    check_run_config(config, workdir, run_key)
+  checkpoints = Checkpoints(
+    workdir, keep=config.train.keep_checkpoints, every=config.train.keep_every
+  )
+  check = lambda run: check_config(config, run["config"], str(workdir), run_key)
+  restored = _restore(config.train.restore, checkpoints, programs.state, check)
+  lanes_BW, first = loader.start(), 0
+  if restored:
     del trained  # room for the state
-    state = checkpoints.restore(first, programs.state)
-    lanes_BW = checkpoints.restore_lanes(first, loader.start())[own]
+    first, state = restored.step, restored.state
+    lanes_BW = lanes_from_json(restored.run["lanes"], lanes_BW)
+    if restored.run["version"] != record["version"]:
+      logging.warning(
+        "The code was %s at step %d and is %s.", restored.run["version"], first, record["version"]
+      )
   else:
-    if hosts.is_first():
-      save_run_config(config, workdir, run_key)
     with jax.set_mesh(mesh):
       state = programs.init(trained)
     del trained
+  if hosts.is_first():
+    save_run_config(config, workdir, run_key)
+  lanes_BW = lanes_BW[own]
   batches = loader.batches(lanes_BW, endless=True)
-  writer = MetricWriter(workdir, first) if hosts.is_first() else None
+  record |= {"restored": config.train.restore}
 
   # ------------------------------------------------------------------ loop
-  pending = None
-
-  def report(pending, bar):
-    step, rows, metrics, started = pending
-    metrics = jax.device_get(metrics)
-    counts = {"tokens": float(metrics["filled"][0]), "examples": float(metrics["loss"][1])}
-    metrics = divide(metrics)
-    if not counts["examples"]:  # so many examples were refused
-      raise ValueError(f"The data ended after {step} of {steps} steps; lower config.train.steps.")
-    if not np.isfinite(metrics["loss"] + metrics["gradient_norm"]):
-      ids = [loader.examples[loader.stream.example(i)].id for i in _examples(rows)]
-      raise FloatingPointError(
-        f"Loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} at step {step}, "
-        f"examples {', '.join(ids)}; try a lower config.optimizer.learning_rate in a new --workdir."
-      )
-    seconds = time.perf_counter() - started
-    metrics["tokens_per_second"] = counts["tokens"] / seconds
-    metrics["examples_per_second"] = counts["examples"] / seconds
-    bar.update(1)
-    bar.set_postfix_str(
-      f"loss {metrics['loss']:.4f} acc {metrics['reward_accuracy']:.2f} "
-      f"margin {metrics['margin']:.3f} {metrics['tokens_per_second']:.0f} tok/s"
-    )
-    if writer and (step % config.train.log_every == 0 or step == steps - 1):
-      writer.write(step, metrics)
-
+  needed = flops.train_flops(
+    model.arch,
+    regions,
+    loader.rows,
+    frozen=config.lora.rank > 0,
+    online=config.reference.kind == "online",
+    bridge=flops.bridge_sizes(config, count_dimensions(model)),
+  )
   with contextlib.ExitStack() as stack:
     stack.callback(checkpoints.close)
-    if writer:
-      stack.callback(writer.close)
+    gather = lambda lanes_BW: hosts.gather_rows(lanes_BW, rows_sharding, loader.rows)
+    monitor = Monitor(
+      config,
+      workdir,
+      loader,
+      first=first,
+      steps=steps,
+      flops=needed,
+      fingerprint=run_key,
+      gather=gather,
+    )
+    stack.callback(monitor.close)
     stack.enter_context(jax.set_mesh(mesh))
-    hidden = not hosts.is_first()
-    bar = tqdm(total=steps, initial=first, desc=workdir.name, unit="step", disable=hidden)
-    stack.enter_context(bar)
-    started = time.perf_counter()
+    stack.enter_context(jax.transfer_guard_device_to_host("disallow"))
+    request = stack.enter_context(StopRequest())
+    asked_anywhere = any_host()
+    monitor.log.write("start", step=first, steps=steps, version=record["version"])
+    pending, stop, alone = None, False, jax.process_count() == 1
+    profile_from, profile_to = config.train.profile
+
+    def save(done, accuracy=None):
+      with monitor.spending("checkpoint"):
+        run = record | {"lanes": lanes_to_json(gather(lanes_BW))}
+        checkpoints.save(done, state, run, accuracy=accuracy)
+      monitor.log.write("save", step=done)
+
+    def report(pending, done):
+      try:
+        return monitor.report(pending)
+      except FloatingPointError:
+        save(done)  # what is to be replayed with
+        raise
+
     for step in range(first, steps):
-      rows, lanes_BW = next(batches)
-      state, metrics = programs.train(
-        state, frozen, hosts.to_devices(rows, rows_sharding, loader.rows)
-      )
+      if step == profile_from < profile_to:
+        jax.profiler.start_trace(str(workdir / "profile"))
+      with monitor.spending("data"):
+        before_BW = lanes_BW
+        rows, lanes_BW = next(batches)
+        arrays = hosts.to_devices(rows, rows_sharding, loader.rows)
+      state, metrics = programs.train(state, frozen, arrays)
+      started = Pending(step, rows, before_BW, metrics, asked_anywhere(request.asked))
       # Read the step before this one, while this one runs.
       if pending is not None:
-        report(pending, bar)
-        started = time.perf_counter()
-      pending = (step, rows, metrics, started)
-      if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == steps:
-        report(pending, bar)
+        stop = report(pending, step + 1)
+      pending, done, accuracy = started, step + 1, None
+      stop = stop or (alone and request.asked)  # several hosts stop at the same step
+      evaluated = evaluate and config.eval.every and done % config.eval.every == 0
+      saved = stop or done == steps or done % config.train.checkpoint_every == 0 or evaluated
+      if saved:
+        stop = report(pending, done) or stop
         pending = None
-        lanes = hosts.gather_rows(lanes_BW, rows_sharding, loader.rows)
-        checkpoints.save(step + 1, state, lanes)
-        started = time.perf_counter()
+      if evaluated and not stop:
+        with monitor.spending("evaluation"):
+          accuracy = evaluate(nnx.merge_state(state.params, frozen))
+        monitor.log.write("evaluation", step=done, accuracy=accuracy)
+      if saved:
+        save(done, accuracy)
+      if step + 1 == profile_to > profile_from:
+        jax.block_until_ready(state.step)
+        jax.profiler.stop_trace()
+      if stop and done < steps:
+        monitor.log.warn(
+          "stopped",
+          f"Asked to stop: saved after {done} of {steps} steps. The same command goes on.",
+          step=done,
+        )
+        raise SystemExit(EXIT_CODE)
+    monitor.log.write("end", step=steps, skipped=monitor.skipped)
   return TrainResult(nnx.merge_state(state.params, frozen), steps)
 
 
-def _examples(rows: Rows) -> list[int]:
-  return rows.example_BE[rows.example_BE >= 0].tolist()
+def _restore(path: str, checkpoints: Checkpoints, state, check) -> Restored | None:
+  """What a run goes on from; None for the base model's weights, or random ones by its config.
+
+  1. config.train.restore: a workdir, or one of its checkpoints, where this one has none yet;
+  2. the newest good checkpoint of this workdir.
+  """
+  own = checkpoints.newest(state, check)
+  if not path:
+    return own
+  if own:
+    if own.run["restored"] == path:
+      return own
+    raise ValueError(
+      f"config.train.restore is {path!r}, but this workdir has a run that began otherwise; use "
+      "another --workdir."
+    )
+  source, step = Path(path), None
+  if source.parent.name == "checkpoints" and source.name.isdigit():
+    source, step = source.parents[1], int(source.name)
+  found = None
+  if (source / "checkpoints").is_dir():
+    found = Checkpoints(source, keep=1).newest(state, check, only=step, keep_damaged=True)
+  if found is None:
+    raise FileNotFoundError(f"config.train.restore: there is no checkpoint at {path}.")
+  return found

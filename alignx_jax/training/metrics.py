@@ -15,7 +15,7 @@ def divide(metrics: dict) -> dict[str, float]:
 
 
 class MetricWriter:
-  """Writes each step's metrics to `metrics.jsonl` and to TensorBoard files.
+  """Writes each step's metrics to `metrics.jsonl`, where null is not finite, and to TensorBoard.
 
   A resumed run first drops the lines of the steps that it will do again.
   """
@@ -30,9 +30,11 @@ class MetricWriter:
     self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
-    self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+    finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
+    line = {"step": step, "time": time.time(), **dict.fromkeys(metrics), **finite}
+    self._file.write(json.dumps(line) + "\n")
     self._file.flush()
-    for name, value in metrics.items():
+    for name, value in finite.items():
       self._board.add_scalar(name, value, step)
 
   def close(self) -> None:

@@ -168,9 +168,8 @@ def pretrain(config, workdir: Path) -> Path:
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
 
   checkpoints = Checkpoints(workdir, keep=1)
-  first = checkpoints.latest_step() or 0
-  if first:
-    state = checkpoints.restore(first, state)
+  found = checkpoints.newest(state)
+  first, state = (found.step, found.state) if found else (0, state)
   writer = MetricWriter(workdir, first)
   for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="base")):
     state, metrics = train_step(state, *batch(config, tokenizer, step))
@@ -181,7 +180,7 @@ def pretrain(config, workdir: Path) -> Path:
       if not np.isfinite(metrics["loss"]):
         raise FloatingPointError(f"Loss {metrics['loss']} at step {step}; lower the rates.")
     if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
-      checkpoints.save(step + 1, state)
+      checkpoints.save(step + 1, state, {})
   checkpoints.close()
   writer.close()
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)

@@ -7,11 +7,13 @@ sweep that shares them shares the file, and none can take another's.
 import dataclasses
 import hashlib
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
@@ -25,6 +27,7 @@ from alignx_jax.models.lora import LoraParam
 from alignx_jax.personas.prompts import chat_format, prompt_format
 from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
+from alignx_jax.training.checksums import checksums
 from alignx_jax.training.steps import count_dimensions, infer_program, score_program
 
 
@@ -144,13 +147,17 @@ def cached_reference(log_probs: LogProbs, loader: Loader, directory, weights: st
   if not loader.formatting.history.random:
     loader = dataclasses.replace(loader, epochs=1, seed=None, mixture=None)
   key = cache_key(loader, log_probs.model, weights)
-  path = epath.Path(directory) / f"reference_{key}.npy"
-  if hosts.all_true(path.exists()):
-    with path.open("rb") as file:
-      return np.load(file, allow_pickle=False)
-  scores = score_stream(log_probs, loader, describe="reference")
-  _write(path, lambda file: np.save(file, scores))
+  path = epath.Path(directory) / f"reference_{key}.npz"
+  scores = _read(path, _load_scores)
+  if scores is None:
+    scores = score_stream(log_probs, loader, describe="reference")
+    _write(path, lambda file: np.savez(file, scores=scores))
   return scores
+
+
+def _load_scores(path) -> np.ndarray:
+  with path.open("rb") as file:
+    return np.load(file, allow_pickle=False)["scores"]  # of a zip file: its CRC is checked
 
 
 def counted_steps(loader: Loader, directory, own: np.ndarray, *, key: str) -> int:
@@ -161,7 +168,8 @@ def counted_steps(loader: Loader, directory, own: np.ndarray, *, key: str) -> in
     key: cache_key of the loader.
   """
   path = epath.Path(directory) / f"steps_{key}_{loader.rows}_{loader.window}_{PACKING}.txt"
-  if not hosts.all_true(path.exists()):
+  steps = _read(path, _load_steps)
+  if steps is None:
     steps = 0
     with tqdm(total=loader.stream_length, desc="counting steps", unit="ex", mininterval=1.0) as bar:
       for rows, _ in loader.batches(loader.start()[own]):
@@ -169,9 +177,26 @@ def counted_steps(loader: Loader, directory, own: np.ndarray, *, key: str) -> in
         bar.update(int((rows.example_BE >= 0).sum()))
     loader.report_counts("training")
     steps = hosts.largest(steps)
-    _write(path, lambda file: file.write(f"{steps}\n".encode()))
-    return steps
-  return int(path.read_text())
+    _write(path, lambda file: file.write(f"{steps} {zlib.crc32(str(steps).encode())}\n".encode()))
+  return steps
+
+
+def _load_steps(path) -> int:
+  steps, crc = path.read_text().split()
+  if zlib.crc32(steps.encode()) != int(crc):
+    raise ValueError("another checksum")
+  return int(steps)
+
+
+def _read(path, load):
+  """What a file holds, where every process has it whole; else None."""
+  value = None
+  if path.exists():
+    try:
+      value = load(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+      logging.warning("%s is damaged (%s): computed again.", path, error)
+  return value if hosts.all_true(value is not None) else None
 
 
 def _write(path, write) -> None:
@@ -224,28 +249,7 @@ def fingerprint(params: nnx.State) -> str:
   An adapter or a bridge changes nothing of the base, so they are left out.
   """
   params = nnx.split_state(params, (LoraParam, BridgeParam), ...)[1]
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    name = jax.tree_util.keystr(path)
-    digest.update(f"{name} {leaf.shape} {leaf.dtype} {np.asarray(_checksum(leaf))}".encode())
-  return digest.hexdigest()[:32]
-
-
-@jax.jit
-def _checksum(x):
-  """Two sums over hashes of every element and its place; of integers, so in any order."""
-  bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-  place = jnp.zeros(x.shape, jnp.uint32)
-  for axis, size in enumerate(x.shape):
-    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-
-  def mixed(seed):
-    h = (bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))) + jnp.uint32(seed)
-    for multiplier in (0x85EBCA6B, 0xC2B2AE35):
-      h = (h ^ (h >> 15)) * jnp.uint32(multiplier)
-    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
-  return jnp.stack([mixed(0), mixed(0x27D4EB2F)])
+  return hashlib.sha256(repr(checksums(params)).encode()).hexdigest()[:32]
 
 
 def _plain(value):

@@ -1,16 +1,22 @@
 """config.json in a workdir: what made the run, so that nothing else goes on with it."""
 
+import functools
+import hashlib
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from alignx_jax.files import write_text
+
 # What may differ between a run and its resumption or evaluation: how, not what, is done.
 _FREE = re.compile(
   r"eval\..*|mesh\..*|model\.(attention\w*|remat|preset)|reference\.directory|data\.workers"
-  r"|train\.(devices|head_chunk|keep_checkpoints|\w+_every)"
+  r"|train\.(devices|head_chunk|keep\w*|\w+_every|may_differ|restore|profile|spike\w*|\w*skipped"
+  r"|log_text|barrier_seconds)"
 )
 
 
@@ -21,33 +27,69 @@ def save_run_config(config: Any, workdir: Path, fingerprint: str) -> None:
     fingerprint: of the data and the base model, see reference.cache_key.
   """
   text = json.dumps(config.to_dict() | {"fingerprint": fingerprint}, indent=2)
-  (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+  write_text(workdir / "config.json", text + "\n")
+
+
+def run_record(config: Any, fingerprint: str, formatting) -> dict:
+  """What made a run, as a checkpoint keeps it: JSON of plain values."""
+  record = {
+    "config": config.to_dict() | {"fingerprint": fingerprint},
+    "tokenizer": formatting.tokenizer.fingerprint,
+    "space": json.loads(formatting.space_of_bridge.to_json()),
+    "version": code_version(),
+  }
+  return json.loads(json.dumps(record))
+
+
+@functools.cache
+def code_version() -> str:
+  """The package's version, and a hash of its modules."""
+  root = Path(__file__).parents[1]
+  digest = hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    digest.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
+  return f"{version('alignx_jax')} {digest.hexdigest()[:12]}"
 
 
 def check_run_config(config: Any, workdir: Path, fingerprint: str) -> None:
-  """Compares with config.json.
+  """check_config of the config.json in a workdir.
 
   Raises:
     FileNotFoundError: there is none.
-    ValueError: another config, other data or another base made the run; names the fields.
   """
   path = workdir / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist, though {workdir} has a checkpoint.")
-  old = flatten_dict(json.loads(path.read_text(encoding="utf-8")), sep=".")
+  check_config(config, _read(path), str(workdir), fingerprint)
+
+
+def check_config(config: Any, found: dict, where: str, fingerprint: str) -> None:
+  """Compares a config with the one that made a run.
+
+  Args:
+    found: that, as save_run_config writes it.
+  Raises:
+    ValueError: another config, other data or another base made the run; names the fields, but
+      for those that config.train.may_differ names.
+  """
+  old = flatten_dict(found, sep=".")
   now = config.to_dict() | {"fingerprint": fingerprint}
   now = flatten_dict(json.loads(json.dumps(now)), sep=".")
-  changed = [
-    f"{name} was {old.get(name)!r} and is {now.get(name)!r}"
+  # The fingerprint follows from other fields too.
+  allowed = {*config.train.may_differ, *(["fingerprint"] if config.train.may_differ else [])}
+  changed = {
+    name: f"{name} was {old.get(name)!r} and is {now.get(name)!r}"
     for name in sorted(old.keys() | now.keys())
-    if old.get(name) != now.get(name) and not _FREE.fullmatch(name)
-  ]
+    if old.get(name) != now.get(name) and not _FREE.fullmatch(name) and name not in allowed
+  }
   if not changed:
     return
-  if changed[0].startswith("fingerprint") and len(changed) == 1:
-    changed = ["the records or the base model's weights have changed"]
+  told = "; ".join(changed.values())
+  if list(changed) == ["fingerprint"]:
+    told = "the records, the tokenizer or the base model's weights have changed"
   raise ValueError(
-    f"{workdir} holds a run with another config: {'; '.join(changed)}. Use another --workdir."
+    f"{where} holds a run with another config: {told}. Use another --workdir, or name what may "
+    f"differ: --config.train.may_differ={tuple(changed)!r}."
   )
 
 
@@ -58,12 +100,29 @@ def run_config(base: Any, workdir: Path) -> Any:
     base: a config with the fields there are; it is not changed.
   Raises:
     FileNotFoundError: there is none.
+    ValueError: it is damaged, or has fields that there are not.
   """
   path = workdir / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"{workdir} holds no run (no config.json); train there first.")
-  found = json.loads(path.read_text(encoding="utf-8"))
+  found = _read(path)
   del found["fingerprint"]
   config = base.copy_and_resolve_references()
-  config.update_from_flattened_dict(flatten_dict(found, sep="."))
+  try:
+    config.update_from_flattened_dict(flatten_dict(found, sep="."))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path} is of another version or damaged: {error}") from error
   return config
+
+
+def _read(path: Path) -> dict:
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or "fingerprint" not in found:
+      raise ValueError("not what a run writes")
+    return found
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is damaged ({error}); run its training command again, which restores it from the "
+      "newest checkpoint."
+    ) from error

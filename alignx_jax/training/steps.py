@@ -226,7 +226,10 @@ def train_step(
   online: bool,
   bridge: BridgeObjective | None = None,
 ) -> tuple[TrainState, dict]:
-  """One update, and its metrics as (numerator, denominator) pairs."""
+  """One update, and its metrics as (numerator, denominator) pairs.
+
+  Where the loss or the gradient is not finite, the update is left out: `skipped` is then 1.
+  """
   gradient, metrics = mean_gradient(
     state.params,
     frozen,
@@ -241,11 +244,17 @@ def train_step(
   )
   if bridge is not None and bridge.rows is not None:
     gradient = only_rows(gradient, bridge.rows)
-  metrics["gradient_norm"] = (optax.tree.norm(gradient), jnp.float32(1))
+  norm = optax.tree.norm(gradient)
+  metrics["gradient_norm"] = (norm, jnp.float32(1))
+  finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
+  metrics["skipped"] = (1 - finite.astype(jnp.float32), jnp.float32(1))
   updates, moments = optimizer.update(gradient, state.optimizer, as_float32(state.params))
   if bridge is not None and bridge.rows is not None:
     updates = only_rows(updates, bridge.rows)  # weights decay without a gradient too
   params = add_updates(state.params, updates, state.step)
+  # What is not finite is not stepped into.
+  new, old = (params, moments), (state.params, state.optimizer)
+  params, moments = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
   return TrainState(state.step + 1, params, moments), metrics
 
 

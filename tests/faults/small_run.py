@@ -1,0 +1,51 @@
+"""A small run that writes down which examples each step had, for tests of what runs survive.
+
+  python -m tests.faults.small_run --config=configs/base.py --workdir=DIR … [--stop_at=STEP]
+
+Appends {"step", "examples", "loss"} to DIR/consumed_PROCESS.jsonl, the loss as hexadecimal
+digits: equal means bit for bit. With --stop_at the last process gets SIGTERM at that step.
+"""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+from absl import flags
+
+from alignx_jax import command_line
+
+flags.adopt_module_key_flags(command_line)
+_STOP_AT = flags.DEFINE_integer("stop_at", None, "The step at which a process gets SIGTERM.")
+
+
+def main(config, workdir):
+  from alignx_jax import experiment as experiments
+  from alignx_jax.training import hosts
+  from alignx_jax.training.monitor import Monitor
+  from alignx_jax.training.stopping import EXIT_CODE
+
+  hosts.connect()
+  report = Monitor.report
+
+  def recorded(self, pending):
+    numerator, denominator = jax.device_get(pending.metrics["loss"])
+    line = {"step": pending.step, "examples": self.ids(pending.rows)}
+    line["loss"] = float(np.float32(numerator / denominator)).hex()
+    with (workdir / f"consumed_{jax.process_index()}.jsonl").open("a", encoding="utf-8") as file:
+      file.write(json.dumps(line) + "\n")
+    if pending.step == _STOP_AT.value and jax.process_index() == jax.process_count() - 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return report(self, pending)
+
+  Monitor.report = recorded
+  try:
+    experiments.run_training(experiments.load_experiment(config), workdir)
+  except SystemExit as stopped:
+    assert stopped.code == EXIT_CODE and _STOP_AT.value is not None
+    print("stopped")
+
+
+if __name__ == "__main__":
+  command_line.run(main)

@@ -1,0 +1,333 @@
+"""Whatever happens to a workdir, a run goes on from what is good or says what is wrong."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from alignx_jax import experiment as experiments
+from alignx_jax.training.checkpoints import Checkpoints
+from alignx_jax.training.metrics import read_metrics
+from alignx_jax.training.stopping import EXIT_CODE
+from configs import base
+from tests.small_records import small_record
+
+ROOT = Path(__file__).parents[1]
+
+
+pytestmark = pytest.mark.usefixtures("programs_are_kept")
+
+
+def small_config(data: Path):
+  config = base.get_config()
+  config.model.weights = "preset:tiny"
+  config.data.path = str(data)
+  config.regions.update(context=512, response=32, examples=3)
+  config.optimizer.learning_rate = 1e-2
+  config.train.update(rows=2, checkpoint_every=2, devices=1)
+  config.eval.rows = 2
+  return config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  path = tmp_path_factory.mktemp("data") / "records.json"
+  path.write_text(json.dumps([small_record(i) for i in range(48)]), encoding="utf-8")
+  return path
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+  """The workdir of a run of six steps, and what it came to."""
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  return workdir, run(small_config(data), workdir)
+
+
+def run(config, workdir):
+  return experiments.run_training(experiments.load_experiment(config), workdir)
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+  """A copy to be damaged."""
+  return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+# ------------------------------------------------------------------ damage to checkpoints
+
+
+def state_like():
+  """Arrays as a TrainState holds them, some of them larger than a block of the file format."""
+  rng = np.random.default_rng(0)
+  array = lambda *shape: jax.numpy.asarray(rng.normal(size=shape), jax.numpy.float32)
+  from alignx_jax.training.steps import TrainState
+
+  params = {"a": array(300, 200), "b": array(7)}
+  moments = {"mu": {"a": array(300, 200), "b": array(7)}, "count": jax.numpy.int32(3)}
+  return TrainState(jax.numpy.int32(0), params, moments)
+
+
+def changed(state, step):
+  return jax.tree.map(lambda x: x + step, state)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A directory with checkpoints of steps 2 and 4."""
+  directory = tmp_path_factory.mktemp("saved")
+  checkpoints = Checkpoints(directory, keep=2)
+  for step in (2, 4):
+    checkpoints.save(step, changed(state_like(), step), {"config": {"x": step}})
+  checkpoints.close()
+  return directory
+
+
+def truncate(path):
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+  os.truncate(path, 0)
+
+
+def flip(path):
+  """One bit in the middle."""
+  body = bytearray(path.read_bytes())
+  if body:
+    body[len(body) // 2] ^= 1
+  path.write_bytes(body)
+
+
+def flip_late(path):
+  body = bytearray(path.read_bytes())
+  if body:
+    body[-max(1, len(body) // 5)] ^= 16
+  path.write_bytes(body)
+
+
+def remove(path):
+  path.unlink()
+
+
+@pytest.mark.parametrize("harm", [truncate, empty, flip, flip_late, remove])
+def test_a_damaged_file_of_a_checkpoint_is_harmless_or_found(saved, tmp_path, harm, caplog):
+  state, found_damage = state_like(), 0
+  files = sorted(p.relative_to(saved) for p in (saved / "checkpoints/4").rglob("*") if p.is_file())
+  assert len(files) >= 15
+  for i, file in enumerate(files):
+    directory = Path(shutil.copytree(saved, tmp_path / str(i)))
+    harm(directory / file)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+      checkpoints = Checkpoints(directory, keep=2)
+      steps = checkpoints.steps()
+      restored = checkpoints.newest(state)
+    assert restored.step in (2, 4), file
+    for got, expected in zip(
+      jax.tree.leaves(restored.state), jax.tree.leaves(changed(state, restored.step)), strict=True
+    ):
+      np.testing.assert_array_equal(got, expected, err_msg=str(file))
+    assert restored.run == {"config": {"x": restored.step}}
+    if restored.step == 2 and 4 in steps:
+      found_damage += 1
+      assert "step 4 is damaged" in caplog.text
+      assert (directory / "damaged" / "4").is_dir()  # nothing is deleted
+      # The run can save the same step again.
+      checkpoints.save(4, changed(state, 4), {})
+    checkpoints.close()
+    if restored.step == 2:
+      shutil.rmtree(directory / "damaged", ignore_errors=True)
+  assert found_damage >= 3, harm
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_stops_and_keeps_them(saved, tmp_path):
+  directory = Path(shutil.copytree(saved, tmp_path / "run"))
+  for step in (2, 4):
+    truncate(directory / f"checkpoints/{step}/run/metadata")
+  with pytest.raises(ValueError, match=r"Every checkpoint in .* is damaged \(2, 4\)"):
+    Checkpoints(directory, keep=2).newest(state_like())
+  assert sorted(p.name for p in (directory / "damaged").iterdir()) == ["2", "4"]
+
+
+def test_values_that_were_swapped_within_a_checkpoint_are_found(saved, tmp_path, caplog):
+  """Files of another checkpoint in its place: each whole, yet not what was saved."""
+  directory = Path(shutil.copytree(saved, tmp_path / "run"))
+  shutil.rmtree(directory / "checkpoints/4/params")
+  shutil.copytree(saved / "checkpoints/2/params", directory / "checkpoints/4/params")
+  restored = Checkpoints(directory, keep=2).newest(state_like())
+  assert restored.step == 2 and "arrays differ from what was saved" in caplog.text
+
+
+def test_a_run_goes_back_to_the_last_good_checkpoint_and_ends_alike(finished, workdir, data):
+  (block,) = sorted((workdir / "checkpoints/6/params/d").iterdir())[:1]
+  truncate(block)
+  again = run(small_config(data), workdir)
+  for x, y in zip(jax.tree.leaves(again.params), jax.tree.leaves(finished[1].params), strict=True):
+    np.testing.assert_array_equal(x, y)
+  assert [line["step"] for line in read_metrics(workdir)] == list(range(6))
+
+
+def test_a_half_written_checkpoint_is_not_one(finished, workdir, data):
+  """What a kill leaves of a save that was under way."""
+  source = workdir / "checkpoints/6"
+  source.rename(workdir / "checkpoints/6.orbax-checkpoint-tmp")
+  again = run(small_config(data), workdir)
+  assert again.steps == 6
+  assert Checkpoints(workdir, keep=2).steps() == [4, 6]
+
+
+# ------------------------------------------------------------------ the rest of a workdir
+
+
+@pytest.mark.parametrize("harm", [truncate, empty, remove])
+def test_the_config_of_a_run_is_restored_from_its_checkpoint(workdir, data, harm):
+  before = json.loads((workdir / "config.json").read_text())
+  harm(workdir / "config.json")
+  run(small_config(data), workdir)
+  assert json.loads((workdir / "config.json").read_text()) == before
+
+
+def test_metrics_cut_short_are_read_as_far_as_they_go(workdir, data):
+  truncate(workdir / "metrics.jsonl")
+  run(small_config(data), workdir)
+  steps = [line["step"] for line in read_metrics(workdir)]
+  assert steps == list(range(len(steps)))
+
+
+@pytest.mark.parametrize("harm", [truncate, empty, flip, remove])
+def test_cached_references_are_computed_again(finished, workdir, data, harm):
+  (reference,) = (workdir / "reference").glob("reference_*.npz")
+  expected = np.load(reference)
+  harm(reference)
+  shutil.rmtree(workdir / "checkpoints")
+  again = run(small_config(data), workdir)
+  np.testing.assert_array_equal(np.load(reference), expected)
+  for x, y in zip(jax.tree.leaves(again.params), jax.tree.leaves(finished[1].params), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def train_command(data, workdir, *flags):
+  config = small_config(data)
+  settings = {
+    "model.weights": config.model.weights,
+    "data.path": data,
+    "regions.context": 512,
+    "regions.response": 32,
+    "regions.examples": 3,
+    "train.rows": 2,
+    "train.checkpoint_every": 2,
+    "optimizer.learning_rate": 1e-2,
+    "eval.rows": 2,
+  }
+  return [
+    *(sys.executable, "-m", "alignx_jax.train", "--config=configs/base.py", "--noevaluate"),
+    *(f"--config.{name}={value}" for name, value in settings.items()),
+    f"--workdir={workdir}",
+    *flags,
+  ]
+
+
+def start(*arguments):
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  return subprocess.Popen(
+    train_command(*arguments), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+  )
+
+
+def disk_usage(path) -> int:
+  return int(subprocess.check_output(["du", "-s", "--block-size=1", path]).split()[0])
+
+
+@pytest.fixture
+def small_disk(finished, tmp_path):
+  """A directory on a disk of its own, which holds two and a half checkpoints of the run."""
+  path = tmp_path / "disk"
+  path.mkdir()
+  checkpoint = disk_usage(finished[0] / "checkpoints/6")
+  size = disk_usage(finished[0]) + checkpoint // 2
+  mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("needs the right to mount")
+  yield path
+  subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence_and_keeps_the_last_good_one(small_disk, data):
+  process = start(data, small_disk / "run", "--config.train.keep_checkpoints=99")
+  error = process.communicate(timeout=300)[1]
+  assert process.returncode == 1
+  last = error.strip().splitlines()[-1]
+  assert "Error: " in last and "No space left on device" in last, error[-3000:]
+  restored = Checkpoints(small_disk / "run", keep=1).steps()
+  assert restored, error[-3000:]
+  subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+  process = start(data, small_disk / "run")
+  error = process.communicate(timeout=300)[1]
+  assert process.returncode == 0, error[-3000:]
+
+
+def test_a_read_only_workdir_is_refused(small_disk, data):
+  subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+  config = small_config(data)
+  with pytest.raises(OSError, match="cannot be written to .*set --workdir"):
+    run(config, small_disk / "run")
+
+
+def test_a_workdir_in_use_is_refused(finished, workdir, data):
+  import fcntl
+
+  with (workdir / "lock").open("a") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.truncate(0)
+    lock.write("process 7 on here")
+    lock.flush()
+    with pytest.raises(OSError, match="in use by a run .*process 7 on here"):
+      run(small_config(data), workdir)
+
+
+# ------------------------------------------------------------------ asked to stop
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path, data, monkeypatch):
+  from alignx_jax.training.monitor import Monitor
+
+  report = Monitor.report
+
+  def asked(self, pending):
+    if pending.step == 2:
+      os.kill(os.getpid(), 15)
+    return report(self, pending)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Monitor, "report", asked)
+    with pytest.raises(SystemExit) as stopped:
+      run(small_config(data), tmp_path / "run")
+  assert stopped.value.code == EXIT_CODE
+  saved_at = Checkpoints(tmp_path / "run", keep=2).steps()[-1]
+  assert 3 <= saved_at < 6
+  again = run(small_config(data), tmp_path / "run")
+  for x, y in zip(jax.tree.leaves(again.params), jax.tree.leaves(finished[1].params), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_a_second_signal_is_not_kept():
+  import signal
+
+  from alignx_jax.training.stopping import StopRequest
+
+  before = signal.getsignal(signal.SIGTERM)
+  with StopRequest() as request:
+    assert not request.asked
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert request.asked
+    assert signal.getsignal(signal.SIGTERM) == before
+  with StopRequest() as request, pytest.raises(KeyboardInterrupt):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
