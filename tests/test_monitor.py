@@ -47,7 +47,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path, data, broken_r
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.params))
   lines = read_metrics(tmp_path / "run")
   (skipped,) = [line for line in lines if line["skipped"]]
-  assert skipped["loss"] is None and skipped["gradient_norm"] is None
+  assert np.isnan(skipped["loss"]) and np.isnan(skipped["gradient_norm"])
+  assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
   (event,) = events(tmp_path / "run", "skipped")
   bad = experiments.load_experiment(config).train[5]
   assert event["step"] == skipped["step"] and bad.id in event["examples"]

@@ -121,7 +121,7 @@ def training_curves(curves):
 def _panel(curves, styles, metric, heading, mark, mark_label, shift):
   """The SVG of one metric: 360 by 220 units, scaled to its column."""
   given = {
-    run: [(e["step"], math.nan if e[metric] is None else e[metric]) for e in entries if metric in e]
+    run: [(e["step"], e[metric]) for e in entries if e.get(metric) is not None]
     for run, entries in curves.items()
   }
   runs = {run: [p for p in points if math.isfinite(p[1])] for run, points in given.items()}

@@ -25,16 +25,14 @@ class MetricWriter:
     kept = [line for line in read_metrics(workdir) if line["step"] < first_step]
     self._file = self._path.open("w", encoding="utf-8")
     for line in kept:
-      self._file.write(json.dumps(line) + "\n")
+      self._file.write(_to_json(line))
     self._file.flush()
     self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
-    finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
-    line = {"step": step, "time": time.time(), **dict.fromkeys(metrics), **finite}
-    self._file.write(json.dumps(line) + "\n")
+    self._file.write(_to_json({"step": step, "time": time.time(), **metrics}))
     self._file.flush()
-    for name, value in finite.items():
+    for name, value in metrics.items():
       self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
@@ -42,14 +40,20 @@ class MetricWriter:
     self._board.close()
 
 
+def _to_json(line: dict) -> str:
+  """JSON has no NaN and no infinity."""
+  return json.dumps({k: v if np.isfinite(v) else None for k, v in line.items()}) + "\n"
+
+
 def read_metrics(workdir: Path) -> list[dict]:
-  """The lines written so far; a last line cut short by a kill is left out."""
+  """The lines written so far, NaN for null; a last line cut short by a kill is left out."""
   path = Path(workdir) / "metrics.jsonl"
   lines = []
   if path.exists():
     for line in path.read_text(encoding="utf-8").splitlines():
       try:
-        lines.append(json.loads(line))
+        values = json.loads(line)
+        lines.append({k: np.nan if v is None else v for k, v in values.items()})
       except json.JSONDecodeError:
         break
   return lines
