@@ -15,7 +15,7 @@ def get_config():
   config.model.weights = "package:alignx_jax/models/simulated_base"
   config.model.remat = False
   config.data.path = "simulated"
-  config.data.train_records = 4000
+  config.data.train_records = 6400
   config.data.test_records = 600
   config.history.policy = "all"
   config.regions.context = 640
