@@ -223,7 +223,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypa
   def fail(*args):
     raise OSError("disk full")
 
-  monkeypatch.setattr(results.os, "replace", fail)
+  monkeypatch.setattr("os.replace", fail)
   with pytest.raises(OSError, match="disk full"):
     results.write_results(path, [])
   assert list(tmp_path.iterdir()) == [path]
