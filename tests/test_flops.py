@@ -63,11 +63,22 @@ def compiled_costs(device, *, train=False, **options):
   )
 
 
+def dense_pairs(regions):
+  """Pairs of positions that attention.py scores, in blocks of 256."""
+  C, R = regions.context, regions.response
+  pairs = sum((min(s + 256, C) - s) * min(s + 256, C) for s in range(0, C, 256))
+  return pairs + 2 * R * C + 2 * R * R
+
+
+def scores_again(regions=REGIONS):
+  """The backward pass computes the scores once more."""
+  return ROWS * 2 * ARCH.layers * ARCH.heads * ARCH.head_width * dense_pairs(regions)
+
+
 def dense_attention(regions=REGIONS):
   """What attention.py computes beyond what the mask needs, in blocks of 256."""
   C, R = regions.context, regions.response
-  pairs = sum((min(s + 256, C) - s) * min(s + 256, C) for s in range(0, C, 256))
-  pairs += 2 * R * C + 2 * R * R
+  pairs = dense_pairs(regions)
   needed = C * (C + 1) / 2 + 2 * R * C + R * (R + 1)
   return ROWS * 4 * ARCH.layers * ARCH.heads * ARCH.head_width * (pairs - needed)
 
@@ -81,7 +92,9 @@ def test_training_executes_three_times_as_much_and_the_heads_chunks_again(device
   needed = flops.train_flops(ARCH, REGIONS, ROWS)
   again = 2 * ARCH.width * ARCH.vocab_size * 2 * REGIONS.response * ROWS
   executed = compiled_costs(device, remat=False, train=True).flops
-  assert executed == pytest.approx(needed + 3 * dense_attention() + again, rel=1e-6)
+  assert executed == pytest.approx(
+    needed + 3 * dense_attention() + again + scores_again(), rel=1e-6
+  )
 
 
 def test_an_8b_model_needs_six_flops_a_parameter_and_token():
@@ -180,6 +193,7 @@ def test_training_a_bridge_executes_three_times_as_much(device):
   needed = flops.train_flops(ARCH, BRIDGED, ROWS, bridge=BRIDGE)
   shapes = flops.bridged(BRIDGED, BRIDGE.dimensions), flops.persona_rows(BRIDGED)
   again = 2 * ARCH.width * ARCH.vocab_size * 2 * BRIDGED.response * ROWS
+  again += sum(map(scores_again, shapes))
   expected = needed + again + 3 * (sum(map(dense_attention, shapes)) + membership())
   assert bridged_costs(device, gradient).flops == pytest.approx(expected, rel=1e-3)
 
