@@ -1,7 +1,6 @@
 """What a learned bridge infers: calibrated, measured, and told to other policies as text."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from alignx_jax.config_checks import has_head
 from alignx_jax.data.loader import Loader
 from alignx_jax.data.records import Profiled
 from alignx_jax.evaluation.calibration import (
@@ -18,13 +18,13 @@ from alignx_jax.evaluation.calibration import (
   preference_results,
   softmax,
 )
-from alignx_jax.experiment import Experiment, has_head, restored_params
+from alignx_jax.experiment import Experiment, restored_params
 from alignx_jax.files import write_text
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.preferences import NEUTRAL, PreferenceSpace
 from alignx_jax.training.bridge import SPACE, label_sample
-from alignx_jax.training.checksums import checksums
+from alignx_jax.training.checksums import array_digest
 from alignx_jax.training.reference import LogProbs, infer_stream
 
 CALIBRATION = "calibration.json"  # in the workdir of a run with a learned bridge
@@ -50,7 +50,7 @@ def temperature_of(experiment: Experiment, params: nnx.State, workdir: Path) -> 
   run has gone on.
   """
   path = workdir / CALIBRATION
-  weights = hashlib.sha256(repr(checksums(params)).encode()).hexdigest()[:32]
+  weights = array_digest(params)
   if path.exists():
     kept = json.loads(path.read_text(encoding="utf-8"))
     if kept.get("weights", weights) == weights:  # without: set by hand

@@ -9,6 +9,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from alignx_jax.ahead import flops
+from alignx_jax.ahead.chips import peak_flops
+from alignx_jax.config_checks import check_names, check_sizes, has_head
 from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.data.prepared import PreparedExamples, is_prepared, prepared_space
@@ -18,7 +21,6 @@ from alignx_jax.data.rows import Regions
 from alignx_jax.data.splits import load_splits
 from alignx_jax.data.stream import mixing_rates
 from alignx_jax.data.tokenizers import Tokenizer, find_file, load_tokenizer
-from alignx_jax.evaluation.accuracy import PROTOCOLS
 from alignx_jax.files import write_text
 from alignx_jax.models.bridge import BridgeParam, add_bridge
 from alignx_jax.models.decoder import Decoder
@@ -43,7 +45,6 @@ CONDITIONS = {
   ("pba", "text"): "inferred",
   ("pba", "head"): "bridge",
 }
-OBJECTIVES = ("ica", "pba")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +136,7 @@ def load_experiment(config) -> Experiment:
   Raises:
     FileNotFoundError, ValueError: what does not exist or fit, and the field to set.
   """
-  for field, value, known in (
-    ("objective.name", config.objective.name, OBJECTIVES),
-    ("bridge.kind", config.bridge.kind, ("text", "head")),
-  ):
-    if value not in known:
-      raise ValueError(f"config.{field} is {value!r}; set it to {' or '.join(known)}.")
+  check_names(config)
   mesh = _make_mesh(config)
   check_sizes(config, mesh)
   space = data_space(config)
@@ -153,11 +149,6 @@ def load_experiment(config) -> Experiment:
   splits = load_splits(config.data, space, seed=config.seed)
   formatting = make_formatting(config, tokenizer, space)
   return Experiment(config, model, mesh, formatting, **splits)
-
-
-def has_head(config) -> bool:
-  """Whether a config's policy reads P̃ through a learned bridge."""
-  return config.objective.name == "pba" and config.bridge.kind == "head"
 
 
 def make_formatting(config, tokenizer: Tokenizer, space: PreferenceSpace) -> Formatting:
@@ -225,68 +216,6 @@ def _make_mesh(config) -> Mesh:
   if count < jax.device_count() and jax.process_count() > 1:
     raise ValueError(f"config.train.devices is {count}; several processes use all: set it to 0.")
   return meshes.make_mesh(config.mesh, jax.devices()[:count])
-
-
-def check_sizes(config, mesh: Mesh) -> None:
-  """Raises ValueError, naming the field, on what would fail late or oddly."""
-  shards = meshes.row_shards(mesh)
-  for field, rows in (("train.rows", config.train.rows), ("eval.rows", config.eval.rows)):
-    if rows < 1 or rows % shards:
-      raise ValueError(
-        f"config.{field} is {rows}; set it to a multiple of the {shards} devices that rows are "
-        "split over, or change config.mesh or config.train.devices."
-      )
-  if config.train.rows % (config.train.accumulation * shards):
-    raise ValueError(
-      f"config.train.accumulation is {config.train.accumulation}; {config.train.rows} rows do "
-      f"not split into that many parts on {shards} devices: change config.train.rows."
-    )
-  if config.reference.kind not in ("cached", "online"):
-    raise ValueError(
-      f"config.reference.kind is {config.reference.kind!r}; set it to 'cached' or 'online'."
-    )
-  if config.reference.kind == "online" and not config.lora.rank:
-    raise ValueError(
-      "config.reference.kind 'online' takes the policy without its adapter for the reference: "
-      "set config.lora.rank, or config.reference.kind to 'cached'."
-    )
-  if unknown := set(config.eval.protocols) - set(PROTOCOLS):
-    raise ValueError(
-      f"config.eval.protocols has {sorted(unknown)[0]!r}; there are {', '.join(PROTOCOLS)}."
-    )
-  check_bridge(config, mesh)
-
-
-def check_bridge(config, mesh: Mesh) -> None:
-  """Raises ValueError, naming the field, on what a learned bridge cannot be or be made of."""
-  bridge, sizes = config.bridge, config.regions
-  if not has_head(config):
-    for field in ("alone", "new_only", "start"):
-      if bridge[field]:
-        raise ValueError(
-          f"config.bridge.{field} is of a learned bridge; set config.objective.name to 'pba' and "
-          "config.bridge.kind to 'head'."
-        )
-    return
-  if len(bridge.forcing) != 2 or not all(0 <= share <= 1 for share in bridge.forcing):
-    raise ValueError(
-      f"config.bridge.forcing is {tuple(bridge.forcing)}; set it to two shares from 0 to 1, of the "
-      "first steps and of the last."
-    )
-  for field in ("label_weight", "act_weight", "forcing_share", "threshold"):
-    if bridge[field] < 0:
-      raise ValueError(f"config.bridge.{field} is {bridge[field]}; set it to 0 or more.")
-  for field in ("prompt", "persona", "parts"):
-    if sizes[field] < 1:
-      raise ValueError(
-        f"config.regions.{field} is {sizes[field]}; a learned bridge needs 1 or more."
-      )
-  context = mesh.shape["context"]
-  if sizes.persona % context:
-    raise ValueError(
-      f"config.regions.persona is {sizes.persona}; set it to a multiple of the {context} devices "
-      "that positions are split over (config.mesh.context)."
-    )
 
 
 def abstract_model(config, arch, *, platform: str, dimensions: int = 0) -> Decoder:
@@ -435,7 +364,25 @@ def run_training(
     mesh=experiment.mesh,
     loader=training_loader(experiment),
     evaluate=evaluate,
+    ideal_seconds=_ideal_seconds(experiment),
   )
+
+
+def _ideal_seconds(experiment: Experiment) -> float | None:
+  """Of a training step of full rows at the peak of all devices; None where that is not known."""
+  config, model = experiment.config, experiment.model
+  peak = peak_flops(experiment.mesh.devices.flat[0])
+  if peak is None:
+    return None
+  needed = flops.train_flops(
+    model.arch,
+    experiment.formatting.regions,
+    config.train.rows,
+    frozen=config.lora.rank > 0,
+    online=config.reference.kind == "online",
+    bridge=flops.bridge_sizes(config, count_dimensions(model)),
+  )
+  return needed / (peak * experiment.mesh.devices.size)
 
 
 def check_space(experiment: Experiment, workdir: Path) -> None:

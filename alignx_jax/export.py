@@ -32,6 +32,7 @@ def export(config, workdir: Path, output: Path) -> None:
 
   from alignx_jax import experiment as experiments
   from alignx_jax.bridges import save_bridge, told_by
+  from alignx_jax.config_checks import has_head
   from alignx_jax.data.tokenizers import find_file
   from alignx_jax.models.lora import merge_lora
   from alignx_jax.models.peft import factors_of, save_adapter
@@ -61,7 +62,7 @@ def export(config, workdir: Path, output: Path) -> None:
       alpha=config.lora.alpha,
       base=config.model.weights,
     )
-  if experiments.has_head(config):
+  if has_head(config):
     if first:
       save_bridge(model.bridge, experiment.space, output)
     del model.bridge

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from alignx_jax.bridges import inferred_logits, preference_rows, temperature_of
+from alignx_jax.config_checks import has_head
 from alignx_jax.evaluation.accuracy import (
   CONDITIONS,
   BridgeScorer,
@@ -19,7 +20,7 @@ from alignx_jax.evaluation.accuracy import (
 )
 from alignx_jax.evaluation.calibration import format_preference_table, softmax
 from alignx_jax.evaluation.results import format_table, write_results
-from alignx_jax.experiment import Experiment, has_head, make_formatting
+from alignx_jax.experiment import Experiment, make_formatting
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.training import hosts
 from alignx_jax.training.reference import LogProbs

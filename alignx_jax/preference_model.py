@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from alignx_jax import experiment as experiments
 from alignx_jax.bridges import CALIBRATION
+from alignx_jax.config_checks import has_head
 from alignx_jax.inference.preference_model import PreferenceModel
 from alignx_jax.inference.preferences import (
   Known,
@@ -54,7 +55,7 @@ def load_preference_model(workdir: str | Path, *, platform: str | None = None) -
   """
   workdir = Path(workdir)
   config = _saved_config(workdir)
-  if "bridge" not in config or not experiments.has_head(config):
+  if "bridge" not in config or not has_head(config):
     raise ValueError(
       f"{workdir} is no run with a learned bridge: train one with config.objective.name 'pba' and "
       "config.bridge.kind 'head', and give its workdir."

@@ -15,6 +15,7 @@ flags.adopt_module_key_flags(command_line)
 
 def main(config, workdir):
   from alignx_jax import experiment as experiments
+  from alignx_jax.config_checks import OBJECTIVES
   from alignx_jax.evaluation.results import format_table
   from alignx_jax.measuring import base_results, base_scorer
   from alignx_jax.training.pretraining import pretrain
@@ -23,7 +24,7 @@ def main(config, workdir):
   config.study.model.weights = str(directory)
   experiment = experiments.load_experiment(config.study)
   base = base_scorer(experiment)
-  print(format_table(base_results(experiment, base, experiments.OBJECTIVES)))
+  print(format_table(base_results(experiment, base, OBJECTIVES)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A learned bridge on many simulated users: what it comes to when examples are not the limit.
 
-python -m alignx_jax.train --config=configs/bridge_simulated.py --workdir=runs/bridge
+  python -m alignx_jax.train --config=configs/bridge_simulated.py --workdir=runs/bridge
+
+Its regions hold four of the study's examples.
 """
 
 from configs import study_simulated

@@ -1,6 +1,11 @@
-"""Records of a few words each, for tests in which rows must be short."""
+"""Records of a few words each, and runs on them, for tests in which rows must be short."""
+
+import json
+from pathlib import Path
 
 import numpy as np
+
+from configs import base
 
 
 def small_record(i: int) -> dict:
@@ -17,3 +22,21 @@ def small_record(i: int) -> dict:
     "Preference Direction": directions,
     "User-Generated Content": [item, item],
   }
+
+
+def write_small_records(path: Path, count: int = 48) -> Path:
+  """Writes a JSON list of them."""
+  path.write_text(json.dumps([small_record(i) for i in range(count)]), encoding="utf-8")
+  return path
+
+
+def small_config(path: Path):
+  """A config of a run of six steps on 48 of them."""
+  config = base.get_config()
+  config.model.weights = "preset:tiny"
+  config.data.path = str(path)
+  config.regions.update(context=512, response=32, examples=3)
+  config.optimizer.learning_rate = 1e-2
+  config.train.update(rows=2, checkpoint_every=2, devices=1)
+  config.eval.rows = 2
+  return config

@@ -17,7 +17,6 @@ from alignx_jax.models.presets import get_architecture
 from alignx_jax.models.pretrained import load_decoder, save_decoder
 from alignx_jax.personas.preferences import alignx_space
 from alignx_jax.personas.prompts import render_prompt, render_response, text_of
-from alignx_jax.personas.simulator import simulate_record
 from alignx_jax.training.run_config import run_config
 from configs import base
 from tests.small_records import small_record
@@ -158,10 +157,3 @@ def test_the_config_of_a_run_is_read_or_refused_by_its_name(tmp_path, body):
     run_config(base.get_config(), Path(tmp_path))
   except ValueError as error:
     assert "config.json" in str(error)
-
-
-def test_nothing_in_a_record_is_evaluated():
-  record = simulate_record(0, split="train", seed=0)
-  record["prompt"] = "__import__('os').system('touch /tmp/evaluated')"
-  example = parse_record(record, alignx_space(), "here")
-  assert example.post == record["prompt"]

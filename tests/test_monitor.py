@@ -12,9 +12,18 @@ from alignx_jax.training import loop
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import read_metrics
 from tests.processes import run_together
-from tests.test_damage import data, run, small_config  # noqa: F401
+from tests.small_records import small_config, write_small_records
 
 pytestmark = pytest.mark.usefixtures("programs_are_kept")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return write_small_records(tmp_path_factory.mktemp("data") / "records.json")
+
+
+def run(config, workdir):
+  return experiments.run_training(experiments.load_experiment(config), workdir)
 
 
 def events(workdir, kind):
@@ -40,7 +49,7 @@ def broken_reference(monkeypatch):
   return use
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path, data, broken_reference):  # noqa: F811
+def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path, data, broken_reference):
   config = small_config(data)
   broken_reference([5])
   result = run(config, tmp_path / "run")
@@ -61,10 +70,10 @@ def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path, data, broken_r
   run(config, tmp_path / "each")
   states = Checkpoints(tmp_path / "each", keep=99)
   like = jax.tree.map(np.asarray, experiments.load_experiment(config).load_base())
-  before, after = (jax.tree.leaves(_params(states, like, step)) for step in (max(at, 1), at + 1))
-  if at:
-    for x, y in zip(before, after, strict=True):
-      np.testing.assert_array_equal(x, y)
+  assert at > 0  # there is a checkpoint before it
+  before, after = (jax.tree.leaves(_params(states, like, step)) for step in (at, at + 1))
+  for x, y in zip(before, after, strict=True):
+    np.testing.assert_array_equal(x, y)
 
 
 def _params(checkpoints, like, step):
@@ -72,7 +81,7 @@ def _params(checkpoints, like, step):
   return found.state["params"]
 
 
-def test_log_text_shows_what_users_wrote(tmp_path, data, broken_reference):  # noqa: F811
+def test_log_text_shows_what_users_wrote(tmp_path, data, broken_reference):
   config = small_config(data)
   config.train.log_text = True
   broken_reference([5])
@@ -84,7 +93,7 @@ def test_log_text_shows_what_users_wrote(tmp_path, data, broken_reference):  # n
 
 def test_a_run_gives_up_after_several_and_its_batches_are_replayed(
   tmp_path,
-  data,  # noqa: F811
+  data,
   broken_reference,
 ):
   config = small_config(data)
@@ -102,7 +111,7 @@ def test_a_run_gives_up_after_several_and_its_batches_are_replayed(
   assert "not finite in the gradient of" in told
 
 
-def test_a_spike_of_the_gradient_is_told_with_its_examples(tmp_path, data):  # noqa: F811
+def test_a_spike_of_the_gradient_is_told_with_its_examples(tmp_path, data):
   config = small_config(data)
   config.train.update(epochs=3, spike_factor=1e-6)
   run(config, tmp_path / "run")
@@ -110,7 +119,7 @@ def test_a_spike_of_the_gradient_is_told_with_its_examples(tmp_path, data):  # n
   assert found and found[0]["step"] == 10 and found[0]["examples"]
 
 
-def test_where_the_time_goes_adds_up(tmp_path, data):  # noqa: F811
+def test_where_the_time_goes_adds_up(tmp_path, data):
   config = small_config(data)
   run(config, tmp_path / "run")
   lines = read_metrics(tmp_path / "run")
@@ -123,7 +132,7 @@ def test_where_the_time_goes_adds_up(tmp_path, data):  # noqa: F811
   assert beat["step"] == 0 and beat["pid"]
 
 
-def test_the_profiler_writes_the_window_that_is_asked_for(tmp_path, data):  # noqa: F811
+def test_the_profiler_writes_the_window_that_is_asked_for(tmp_path, data):
   config = small_config(data)
   config.train.profile = (2, 4)
   run(config, tmp_path / "run")

@@ -15,23 +15,14 @@ from alignx_jax.training import mesh as meshes
 from alignx_jax.training import optimizer, reference
 from alignx_jax.training.metrics import read_metrics
 from configs import base
-from tests.small_records import small_record
+from tests.small_records import small_config, small_record, write_small_records
 
 pytestmark = pytest.mark.usefixtures("programs_are_kept")
 
 
 @pytest.fixture
 def config(tmp_path):
-  path = tmp_path / "records.json"
-  path.write_text(json.dumps([small_record(i) for i in range(48)]))
-  config = base.get_config()
-  config.model.weights = "preset:tiny"
-  config.data.path = str(path)
-  config.regions.update(context=512, response=32, examples=3)
-  config.optimizer.learning_rate = 1e-2
-  config.train.update(rows=2, checkpoint_every=2, devices=1)
-  config.eval.rows = 2
-  return config
+  return small_config(write_small_records(tmp_path / "records.json"))
 
 
 def _run(config, workdir):

@@ -19,6 +19,7 @@ from alignx_jax.ahead.advice import advise
 from alignx_jax.ahead.chips import Topology
 from alignx_jax.ahead.costs import program_costs
 from alignx_jax.ahead.report import Work, held_beside, make_report, out_of_memory_report
+from alignx_jax.config_checks import check_sizes, has_head
 from alignx_jax.data.prepared import prepared_space
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import find_file, load_tokenizer
@@ -56,7 +57,7 @@ def compile_programs(
     ValueError: sizes that do not go together; names the fields.
   """
   mesh = meshes.make_mesh(config.mesh, topology.devices)
-  experiments.check_sizes(config, mesh)
+  check_sizes(config, mesh)
   arch = experiments.architecture(config)
   space = experiments.data_space(config)
   dimensions = experiments.bridge_dimensions(config, space)
@@ -162,7 +163,7 @@ def compile_programs(
 
 def regions_of(config: Any) -> Regions:
   """The sizes of config.regions, or those proposed for its data, tokenizer and prompts."""
-  if experiments.has_head(config) or not config.regions.layout:
+  if has_head(config) or not config.regions.layout:
     return experiments.configured_regions(config)
   tokenizer = load_tokenizer(config.model.tokenizer or find_file(config.model.weights))
   return experiments.make_formatting(config, tokenizer, prepared_space(config.data.path)).regions

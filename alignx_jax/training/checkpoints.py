@@ -6,6 +6,7 @@ the mesh, the number of hosts or the file system. One that is damaged is set asi
 the one before it taken.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -180,33 +181,24 @@ class Checkpoints:
       self._manager.wait_until_finished()
     self._manager.close()
 
+  @contextlib.contextmanager
   def _told(self, what: str):
-    return _Told(what, self)
-
-
-class _Damage(NamedTuple):
-  reason: str
-
-
-class _Told:
-  """Turns what a library raises when it cannot write into one sentence."""
-
-  def __init__(self, what: str, checkpoints: Checkpoints):
-    self._what, self._checkpoints = what, checkpoints
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, trace):
-    if isinstance(error, Exception):
-      steps = self._checkpoints.steps()
+    """Turns what a library raises when it cannot write into one sentence."""
+    try:
+      yield
+    except Exception as error:
+      steps = self.steps()
       last = f"The last good one is of step {steps[-1]}" if steps else "There is none yet"
       known = ("No space left on device", "Read-only file system", "Permission denied")
       reason = next((text for text in known if text in str(error)), str(error).strip()[:300])
       raise OSError(
-        f"{self._what} could not be written to {self._checkpoints.directory}: {reason}. {last}; "
-        "mend that and run the same command again."
+        f"{what} could not be written to {self.directory}: {reason}. {last}; mend that and run the "
+        "same command again."
       ) from error
+
+
+class _Damage(NamedTuple):
+  reason: str
 
 
 def _parts(state) -> dict:

@@ -1,5 +1,7 @@
 """What arrays hold, in eight bytes each, wherever and however split they lie."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,11 @@ def checksums(tree) -> dict[str, str]:
     jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype} {np.asarray(total).tobytes().hex()}"
     for (path, leaf), total in zip(leaves, jax.device_get(sums), strict=True)
   }
+
+
+def array_digest(tree) -> str:
+  """One hash of all arrays of a tree; all processes must call."""
+  return hashlib.sha256(repr(checksums(tree)).encode()).hexdigest()[:32]
 
 
 @jax.jit

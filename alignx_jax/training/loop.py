@@ -9,7 +9,6 @@ import jax
 from absl import logging
 from flax import nnx
 
-from alignx_jax.ahead import flops
 from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
@@ -52,6 +51,7 @@ def train(
   mesh,
   loader: Loader,
   evaluate: Callable[[nnx.State], float] | None = None,
+  ideal_seconds: float | None = None,
 ) -> TrainResult:
   """Trains `model` on the loader's stream with the DPO loss; resumes what it finds.
 
@@ -64,6 +64,7 @@ def train(
     params: the start of the policy, and the frozen reference; they are given away.
     mesh: on which the parameters lie.
     evaluate: all parameters to alignment accuracy, every `eval.every` steps.
+    ideal_seconds: see Monitor.
   Raises:
     ValueError: the workdir holds a run of another config; or the data gives too few steps.
     FloatingPointError: steps in a row are not finite; names them and the examples.
@@ -71,10 +72,10 @@ def train(
     SystemExit: asked to stop by SIGTERM or Ctrl-C; the state is saved.
   """
   with in_use(workdir):
-    return _train(config, Path(workdir), model, params, mesh, loader, evaluate)
+    return _train(config, Path(workdir), model, params, mesh, loader, evaluate, ideal_seconds)
 
 
-def _train(config, workdir, model, params, mesh, loader, evaluate) -> TrainResult:
+def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds) -> TrainResult:
   hosts.barrier("start", config.train.barrier_seconds)
 
   # ------------------------------------------------------------------ reference and data
@@ -148,14 +149,6 @@ def _train(config, workdir, model, params, mesh, loader, evaluate) -> TrainResul
   record |= {"restored": config.train.restore}
 
   # ------------------------------------------------------------------ loop
-  needed = flops.train_flops(
-    model.arch,
-    regions,
-    loader.rows,
-    frozen=config.lora.rank > 0,
-    online=config.reference.kind == "online",
-    bridge=flops.bridge_sizes(config, count_dimensions(model)),
-  )
   with contextlib.ExitStack() as stack:
     stack.callback(checkpoints.close)
     gather = lambda lanes_BW: hosts.gather_rows(lanes_BW, rows_sharding, loader.rows)
@@ -165,7 +158,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate) -> TrainResul
       loader,
       first=first,
       steps=steps,
-      flops=needed,
+      ideal_seconds=ideal_seconds,
       fingerprint=run_key,
       gather=gather,
     )

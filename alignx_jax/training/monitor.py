@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from alignx_jax.ahead.chips import peak_flops
 from alignx_jax.data.loader import Loader
 from alignx_jax.data.rows import Rows
 from alignx_jax.files import write_text
@@ -52,21 +51,20 @@ class Monitor:
     *,
     first: int,
     steps: int,
-    flops: float,
+    ideal_seconds: float | None,
     fingerprint: str,
     gather: Callable[[np.ndarray], np.ndarray],
   ):
     """
     Args:
       config: configs/base.py's; read here is `train`.
-      flops: that a step of full rows needs (ahead/flops.py).
+      ideal_seconds: of a step of full rows, at the peak of all devices; None if it is not known.
       fingerprint: of data and base model, for a replay.
       gather: this process's lanes to those of all; all processes call it.
     """
     self._config, self._workdir, self._loader = config.train, workdir, loader
-    self._steps, self._flops = steps, flops
+    self._steps, self._ideal_seconds = steps, ideal_seconds
     self._fingerprint, self._gather = fingerprint, gather
-    self._peak = peak_flops(jax.devices()[0])
     process = jax.process_index()
     self.log = EventLog(workdir, process)
     self.heartbeat = Heartbeat(workdir, process)
@@ -102,7 +100,7 @@ class Monitor:
       ValueError: the data has ended.
       FloatingPointError: so many steps in a row were not finite; their batches can be replayed.
     """
-    step, rows = pending.step, pending.rows
+    step = pending.step
     metrics, stop = jax.device_get((pending.metrics, pending.stop))
     counts = {"tokens": float(metrics["filled"][0]), "examples": float(metrics["loss"][1])}
     metrics = divide(metrics)
@@ -122,7 +120,7 @@ class Monitor:
     ):
       self._writer.write(step, metrics)
     self.heartbeat.beat(step)
-    self._look_at(pending, rows, metrics)
+    self._look_at(pending, metrics)
     return bool(stop)
 
   def _rates(self, counts, filled) -> dict[str, float]:
@@ -136,16 +134,16 @@ class Monitor:
     rates["examples_per_second"] = counts["examples"] / seconds
     # Share of the time since the start in which the devices trained.
     rates["goodput"] = self._spent["step"] / max(self._mark - self._began, 1e-9)
-    if self._peak:
+    if self._ideal_seconds:
       # Needed FLOPs, padding not counted, over those that the devices could have done.
-      rates["mfu"] = self._flops * filled / (seconds * self._peak * jax.device_count())
+      rates["mfu"] = self._ideal_seconds * filled / seconds
     memory = jax.local_devices()[0].memory_stats()
     if memory:
       rates["device_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
     return rates
 
-  def _look_at(self, pending, rows, metrics) -> None:
-    step, norm = pending.step, metrics["gradient_norm"]
+  def _look_at(self, pending, metrics) -> None:
+    step, rows, norm = pending.step, pending.rows, metrics["gradient_norm"]
     if metrics["skipped"]:
       self.skipped += 1
       self._bad.append(pending)

@@ -27,7 +27,7 @@ from alignx_jax.models.lora import LoraParam
 from alignx_jax.personas.prompts import chat_format, prompt_format
 from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
-from alignx_jax.training.checksums import checksums
+from alignx_jax.training.checksums import array_digest
 from alignx_jax.training.steps import count_dimensions, infer_program, score_program
 
 
@@ -249,7 +249,7 @@ def fingerprint(params: nnx.State) -> str:
   An adapter or a bridge changes nothing of the base, so they are left out.
   """
   params = nnx.split_state(params, (LoraParam, BridgeParam), ...)[1]
-  return hashlib.sha256(repr(checksums(params)).encode()).hexdigest()[:32]
+  return array_digest(params)
 
 
 def _plain(value):

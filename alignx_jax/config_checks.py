@@ -1,0 +1,85 @@
+"""What a config says that would fail late or oddly: refused at once, by its field."""
+
+from jax.sharding import Mesh
+
+from alignx_jax.evaluation.accuracy import PROTOCOLS
+from alignx_jax.training import mesh as meshes
+
+OBJECTIVES = ("ica", "pba")
+
+
+def has_head(config) -> bool:
+  """Whether a config's policy reads P̃ through a learned bridge."""
+  return config.objective.name == "pba" and config.bridge.kind == "head"
+
+
+def check_names(config) -> None:
+  """Raises ValueError on an unknown objective or bridge."""
+  for field, value, known in (
+    ("objective.name", config.objective.name, OBJECTIVES),
+    ("bridge.kind", config.bridge.kind, ("text", "head")),
+  ):
+    if value not in known:
+      raise ValueError(f"config.{field} is {value!r}; set it to {' or '.join(known)}.")
+
+
+def check_sizes(config, mesh: Mesh) -> None:
+  """Raises ValueError, naming the field, on what would fail late or oddly."""
+  shards = meshes.row_shards(mesh)
+  for field, rows in (("train.rows", config.train.rows), ("eval.rows", config.eval.rows)):
+    if rows < 1 or rows % shards:
+      raise ValueError(
+        f"config.{field} is {rows}; set it to a multiple of the {shards} devices that rows are "
+        "split over, or change config.mesh or config.train.devices."
+      )
+  if config.train.rows % (config.train.accumulation * shards):
+    raise ValueError(
+      f"config.train.accumulation is {config.train.accumulation}; {config.train.rows} rows do "
+      f"not split into that many parts on {shards} devices: change config.train.rows."
+    )
+  if config.reference.kind not in ("cached", "online"):
+    raise ValueError(
+      f"config.reference.kind is {config.reference.kind!r}; set it to 'cached' or 'online'."
+    )
+  if config.reference.kind == "online" and not config.lora.rank:
+    raise ValueError(
+      "config.reference.kind 'online' takes the policy without its adapter for the reference: "
+      "set config.lora.rank, or config.reference.kind to 'cached'."
+    )
+  if unknown := set(config.eval.protocols) - set(PROTOCOLS):
+    raise ValueError(
+      f"config.eval.protocols has {sorted(unknown)[0]!r}; there are {', '.join(PROTOCOLS)}."
+    )
+  check_bridge(config, mesh)
+
+
+def check_bridge(config, mesh: Mesh) -> None:
+  """Raises ValueError, naming the field, on what a learned bridge cannot be or be made of."""
+  bridge, sizes = config.bridge, config.regions
+  if not has_head(config):
+    for field in ("alone", "new_only", "start"):
+      if bridge[field]:
+        raise ValueError(
+          f"config.bridge.{field} is of a learned bridge; set config.objective.name to 'pba' and "
+          "config.bridge.kind to 'head'."
+        )
+    return
+  if len(bridge.forcing) != 2 or not all(0 <= share <= 1 for share in bridge.forcing):
+    raise ValueError(
+      f"config.bridge.forcing is {tuple(bridge.forcing)}; set it to two shares from 0 to 1, of the "
+      "first steps and of the last."
+    )
+  for field in ("label_weight", "act_weight", "forcing_share", "threshold"):
+    if bridge[field] < 0:
+      raise ValueError(f"config.bridge.{field} is {bridge[field]}; set it to 0 or more.")
+  for field in ("prompt", "persona", "parts"):
+    if sizes[field] < 1:
+      raise ValueError(
+        f"config.regions.{field} is {sizes[field]}; a learned bridge needs 1 or more."
+      )
+  context = mesh.shape["context"]
+  if sizes.persona % context:
+    raise ValueError(
+      f"config.regions.persona is {sizes.persona}; set it to a multiple of the {context} devices "
+      "that positions are split over (config.mesh.context)."
+    )
