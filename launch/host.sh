@@ -23,9 +23,11 @@ fail() {
 }
 
 unpack() { # CODE
-  mkdir -p "$base/code"
+  mkdir -p "$base/code" "$base/unpacking"
   if [ ! -d "$base/code/$1" ]; then
-    tar -xzf "$HOME/code-$1.tar.gz" -C "$base/code"
+    rm -rf "${base:?}/unpacking/$1" # of a time that was cut off
+    tar -xzf "$HOME/code-$1.tar.gz" -C "$base/unpacking"
+    mv "$base/unpacking/$1" "$base/code/$1"
   fi
   rm -f "$HOME/code-$1.tar.gz"
 }
@@ -61,8 +63,9 @@ mount_bucket() { # BUCKET
   sudo chown "$(id -u):$(id -g)" "$point"
   # Other hosts write too, so nothing about files is remembered. Only a file that is staged is
   # whole in the bucket after fsync. Checkpoints are renamed, directories with many files.
+  # It lives on, and must not hold the training's lock.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --enable-streaming-writes=false \
-    --rename-dir-limit=1000000 "$1" "$point" >/dev/null || fail "could not mount gs://$1"
+    --rename-dir-limit=1000000 "$1" "$point" >/dev/null 9>&- || fail "could not mount gs://$1"
 }
 
 # The path of gs://BUCKET/PATH here.
@@ -136,7 +139,7 @@ keep() { # LOG COPY WORKDIR: what was written so far, into the bucket
 }
 
 alive() { # NAME
-  [ -e "$base/runs/$1/lock" ] && ! flock -n "$base/runs/$1/lock" true
+  [ -e "$base/runs/$1/lock" ] && ! flock -n -s "$base/runs/$1/lock" true
 }
 
 status() { # NAME
