@@ -142,11 +142,11 @@ def told_by(experiment: Experiment) -> Experiment:
     "temperature": temperature_of(head, params, head.workdir),
     "threshold": config.bridge.threshold,
   }
+  splits = ["train", "test"] + ["validation"] * bool(config.eval.every)
   return dataclasses.replace(
     experiment,
     formatting=dataclasses.replace(experiment.formatting, condition="profile"),
-    train=profiled(head, params, experiment.train, **options),
-    test=profiled(head, params, experiment.test, **options),
+    **{split: profiled(head, params, getattr(experiment, split), **options) for split in splits},
   )
 
 

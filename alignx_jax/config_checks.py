@@ -1,9 +1,14 @@
 """What a config says that would fail late or oddly: refused at once, by its field."""
 
+from pathlib import Path
+
 from jax.sharding import Mesh
 
 from alignx_jax.evaluation.accuracy import PROTOCOLS
+from alignx_jax.personas.preferences import PreferenceSpace
 from alignx_jax.training import mesh as meshes
+from alignx_jax.training.bridge import SPACE
+from alignx_jax.training.run_config import run_config
 
 OBJECTIVES = ("ica", "pba")
 
@@ -64,6 +69,16 @@ def check_bridge(config, mesh: Mesh) -> None:
           "config.bridge.kind to 'head'."
         )
     return
+  if sizes.layout:
+    raise ValueError(
+      f"config.regions.layout is {sizes.layout!r}; there are no proposals for rows with a learned "
+      "bridge: empty it, and set config.regions.prompt, response, persona and parts."
+    )
+  if bridge.new_only and not (bridge.alone and bridge.start):
+    raise ValueError(
+      "config.bridge.new_only trains the dimensions that config.bridge.start has not, beside a "
+      "frozen model: set config.bridge.start to a run and config.bridge.alone to True."
+    )
   if len(bridge.forcing) != 2 or not all(0 <= share <= 1 for share in bridge.forcing):
     raise ValueError(
       f"config.bridge.forcing is {tuple(bridge.forcing)}; set it to two shares from 0 to 1, of the "
@@ -83,3 +98,45 @@ def check_bridge(config, mesh: Mesh) -> None:
       f"config.regions.persona is {sizes.persona}; set it to a multiple of the {context} devices "
       "that positions are split over (config.mesh.context)."
     )
+
+
+def check_start(config, space: PreferenceSpace) -> None:
+  """Checks what config.bridge.start names, if anything.
+
+  Args:
+    space: of the bridge.
+  Raises:
+    FileNotFoundError: there is no such run.
+    ValueError: its bridge is of another size, or all dimensions that new_only would train are
+      old; names the field.
+  """
+  bridge = config.bridge
+  if not (has_head(config) and bridge.start):
+    return
+  size = head_config(config, Path(bridge.start)).bridge.size
+  if size != bridge.size:
+    raise ValueError(
+      f"config.bridge.size is {bridge.size}; {bridge.start} has {size}: set it likewise."
+    )
+  old = PreferenceSpace.from_json(Path(bridge.start) / SPACE)
+  if bridge.new_only and (space.rows_from(old) >= 0).all():
+    raise ValueError(
+      f"The preference space has no dimension that {bridge.start} has not; set "
+      "config.bridge.space to one with new dimensions, or config.bridge.new_only to False."
+    )
+
+
+def head_config(base, workdir: Path):
+  """The config of a run with a learned bridge, see run_config.
+
+  Raises:
+    FileNotFoundError: there is no such run.
+    ValueError: the run has no learned bridge.
+  """
+  config = run_config(base=base, workdir=workdir)
+  if not has_head(config):
+    raise ValueError(
+      f"{workdir} is no run with a learned bridge: train there with config.objective.name 'pba' "
+      "and config.bridge.kind 'head'."
+    )
+  return config

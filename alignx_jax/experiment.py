@@ -6,36 +6,33 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from alignx_jax.ahead import flops
 from alignx_jax.ahead.chips import peak_flops
-from alignx_jax.config_checks import check_names, check_sizes, has_head
+from alignx_jax.config_checks import check_names, check_sizes, check_start, has_head, head_config
 from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.data.prepared import PreparedExamples, is_prepared, prepared_space
 from alignx_jax.data.proposals import proposed_regions
-from alignx_jax.data.records import Example
+from alignx_jax.data.records import Example, Profiled
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.splits import load_splits
 from alignx_jax.data.stream import mixing_rates
 from alignx_jax.data.tokenizers import Tokenizer, find_file, load_tokenizer
-from alignx_jax.files import write_text
 from alignx_jax.models.bridge import BridgeParam, add_bridge
 from alignx_jax.models.decoder import Decoder
-from alignx_jax.models.lora import LoraParam, add_lora, split_trainable
+from alignx_jax.models.lora import LoraParam, add_lora, merged_base, split_trainable
 from alignx_jax.models.presets import Architecture, get_architecture
 from alignx_jax.models.pretrained import load_decoder, read_architecture
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.preferences import PreferenceSpace, alignx_space
-from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.bridge import SPACE, continue_bridge, label_sample, start_bridge
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.loop import TrainResult, train
 from alignx_jax.training.reference import cache_key, fingerprint
-from alignx_jax.training.run_config import check_run_config, run_config
+from alignx_jax.training.run_config import check_run_config
 from alignx_jax.training.steps import count_dimensions, param_shapes
 
 # The condition that each objective trains on, by its bridge where it has one.
@@ -81,23 +78,31 @@ class Experiment:
   def load_base(self) -> nnx.State:
     """Parameters of the base on the mesh, with an adapter that changes nothing if there is one.
 
-    A learned bridge starts from the phrases of its space; or all from config.bridge.start, a
-    trained run. Read anew at each call: training gives them away.
+    The base is config.model.weights; or what config.bridge.start trained, an adapter merged into
+    its weights: the reference of the DPO loss is the model that training starts from. A learned
+    bridge starts from the phrases of its space, or goes on from that run's. Read anew at each
+    call: training gives them away.
+
+    Raises:
+      ValueError: config.bridge.start trained another architecture.
     """
-    params = load_params(self.config, self.model, self.mesh)
+    start, base = None, None
+    if has_head(self.config) and self.config.bridge.start:
+      start = self.of_run(self.config.bridge.start)
+      if start.model.arch != self.model.arch:
+        raise ValueError(
+          f"config.bridge.start, {start.workdir}, trained another model than "
+          f"{self.config.model.weights}; set config.model.weights to {start.config.model.weights}."
+        )
+      params = restored_params(start)
+      base, bridge = merged_base(start.model, params), params["bridge"]
+      del params
+    params = load_params(self.config, self.model, self.mesh, base=base)
     if not has_head(self.config):
       return params
     labels_XP = label_sample(self.train, self.formatting)
     params = start_bridge(params, self.space, self.formatting.tokenizer, labels_XP)
-    if not self.config.bridge.start:
-      return params
-    start = self.of_run(self.config.bridge.start)
-    for name in ("lora.rank", "bridge.size"):
-      ours, theirs = (x.config.to_dict() for x in (self, start))
-      ours, theirs = (flatten_dict(x, sep=".")[name] for x in (ours, theirs))
-      if ours != theirs:
-        raise ValueError(f"config.{name} is {ours}; {start.workdir} has {theirs}: set it likewise.")
-    return continue_bridge(params, self.space, restored_params(start), start.space)
+    return continue_bridge(params, self.space, bridge, start.space) if start else params
 
   @property
   def space(self) -> PreferenceSpace:
@@ -107,22 +112,19 @@ class Experiment:
   def of_run(self, workdir: str) -> "Experiment":
     """The experiment that made a run with a learned bridge, on this one's mesh and data.
 
+    What it was is that run's: model, tokenizer, prompts, dimensions. How it is run is this one's:
+    rows of an evaluation, attention.
+
     Raises:
       FileNotFoundError: there is no such run.
-      ValueError: the run has no learned bridge, or its model is another.
+      ValueError: the run has no learned bridge.
     """
-    config = run_config(base=self.config, workdir=Path(workdir))
-    if not has_head(config):
-      raise ValueError(
-        f"{workdir} is no run with a learned bridge: train there with config.objective.name 'pba' "
-        "and config.bridge.kind 'head'."
-      )
+    config = head_config(self.config, Path(workdir))
     saved = PreferenceSpace.from_json(Path(workdir) / SPACE)
+    config.bridge.space = ""  # the run's own copy counts, wherever the file is now
     tokenizer, model = load_tokenizer_and_model(
       config, platform=self.mesh.devices.flat[0].platform, dimensions=len(saved)
     )
-    if model.arch != self.model.arch:
-      raise ValueError(f"{workdir} trained another model than {self.config.model.weights}.")
     formatting = make_formatting(config, tokenizer, self.formatting.space)
     formatting = dataclasses.replace(formatting, bridge_space=saved)
     return dataclasses.replace(
@@ -140,6 +142,7 @@ def load_experiment(config) -> Experiment:
   mesh = _make_mesh(config)
   check_sizes(config, mesh)
   space = data_space(config)
+  check_start(config, bridge_space(config) or space)
   tokenizer, model = load_tokenizer_and_model(
     config,
     platform=mesh.devices.flat[0].platform,
@@ -253,8 +256,12 @@ def _add_parts(config, model: Decoder, dimensions: int, *, seed: int) -> None:
     add_bridge(model, dimensions, size=config.bridge.size, rngs=nnx.Rngs(seed + 2))
 
 
-def load_params(config, model: Decoder, mesh: Mesh) -> nnx.State:
-  """Parameters of config.model.weights in the shapes of `model`, each shard on its device."""
+def load_params(config, model: Decoder, mesh: Mesh, *, base: nnx.State | None = None) -> nnx.State:
+  """Parameters of config.model.weights in the shapes of `model`, each shard on its device.
+
+  Args:
+    base: to be used instead of those weights.
+  """
   options = {"param_dtype": config.model.param_dtype}
 
   def initial(what):
@@ -268,10 +275,13 @@ def load_params(config, model: Decoder, mesh: Mesh) -> nnx.State:
     return jax.jit(make, out_shardings=what(meshes.param_shardings(nnx.state(model), mesh)))()
 
   weights = config.model.weights
-  if weights.startswith("preset:"):
+  if base is not None:
+    base = jax.tree.map(lambda x: x.astype(config.model.param_dtype), base)
+  elif weights.startswith("preset:"):
     return initial(lambda state: state)
-  shardings = lambda params: meshes.param_shardings(params, mesh)
-  base = nnx.state(load_decoder(find_file(weights), shardings=shardings, **options))
+  else:
+    shardings = lambda params: meshes.param_shardings(params, mesh)
+    base = nnx.state(load_decoder(find_file(weights), shardings=shardings, **options))
   if not config.lora.rank and not count_dimensions(model):
     return base
   beside = lambda state: nnx.split_state(state, (LoraParam, BridgeParam), ...)[0]
@@ -354,8 +364,6 @@ def run_training(
   """
   if has_head(experiment.config):
     check_space(experiment, workdir)
-    if hosts.is_first():
-      write_text(workdir / SPACE, experiment.space.to_json())
   return train(
     experiment.config,
     workdir,
@@ -395,12 +403,15 @@ def training_loader(experiment: Experiment) -> Loader:
   """The stream of a config's training examples."""
   config, mixture = experiment.config, None
   if config.data.temperature != 1:
-    if not isinstance(experiment.train, PreparedExamples):
+    examples = experiment.train
+    if isinstance(examples, Profiled):
+      examples = examples.examples  # the same in the same order
+    if not isinstance(examples, PreparedExamples):
       raise ValueError(
         "config.data.temperature weighs the sources of a prepared set; set it to 1 or "
         "config.data.path to what alignx_jax.prepare_data wrote."
       )
-    groups = list(experiment.train.by_source().values())
+    groups = list(examples.by_source().values())
     mixture = groups, mixing_rates([len(group) for group in groups], config.data.temperature)
   return Loader(
     experiment.train,
@@ -436,15 +447,15 @@ def restored_params(experiment: Experiment) -> nnx.State:
     FileNotFoundError: there is none.
   """
   checkpoints = _checkpoints(experiment.workdir)
-  alone = experiment.config.bridge.alone
+  bridge = experiment.config.bridge
   trained, frozen = split_trainable(
-    param_shapes(experiment.model, experiment.mesh), bridge_alone=alone
+    param_shapes(experiment.model, experiment.mesh), bridge_alone=bridge.alone
   )
   if jax.tree.leaves(frozen):
-    # Beside a bridge alone everything of config.bridge.start is frozen, if there is one.
+    # Without a start it is the weights alone, which need no data.
     load = lambda: load_params(experiment.config, experiment.model, experiment.mesh)
-    base = experiment.load_base() if alone else load()
-    frozen = split_trainable(base, bridge_alone=alone)[1]
+    base = experiment.load_base() if bridge.start else load()
+    frozen = split_trainable(base, bridge_alone=bridge.alone)[1]
     del base  # room for what is restored
   trained = checkpoints.newest_params(trained).state
   checkpoints.close()

@@ -10,7 +10,7 @@ has a place for, is written beside: bridge.safetensors, preference_space.json.
 
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 
 from alignx_jax import command_line
 
@@ -53,7 +53,12 @@ def export(config, workdir: Path, output: Path) -> None:
     write_tokenizer_files(
       output, experiment.formatting.tokenizer, source, max_positions=model.arch.max_positions
     )
-  if first and config.lora.rank:
+  if first and config.lora.rank and config.bridge.start:
+    logging.warning(
+      "The adapter is not written by itself: it changes what config.bridge.start trained, which "
+      "PEFT could not load. The merged weights are whole."
+    )
+  elif first and config.lora.rank:
     save_adapter(
       factors_of(model.blocks),
       model.arch,

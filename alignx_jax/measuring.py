@@ -36,8 +36,9 @@ def policy_name(config) -> str:
 
 
 def base_scorer(experiment: Experiment) -> Scorer:
-  """Scores of the untrained base on the test pairs."""
-  return text_scorer(experiment, "base", experiment.load_base())
+  """Scores of the model that training starts from on the test pairs: the reference."""
+  name = "start" if experiment.config.bridge.start else "base"
+  return text_scorer(experiment, name, experiment.load_base())
 
 
 def base_results(experiment: Experiment, base: Scorer, policies) -> list[dict]:

@@ -18,6 +18,7 @@ from alignx_jax.data.loader import Loader
 from alignx_jax.evaluation.accuracy import others
 from alignx_jax.evaluation.calibration import fit_temperature, softmax
 from alignx_jax.models.bridge import TABLES
+from alignx_jax.models.lora import without_lora
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.preferences import Dimension, PreferenceSpace
 from alignx_jax.preference_model import (
@@ -27,6 +28,7 @@ from alignx_jax.preference_model import (
   score_responses,
 )
 from alignx_jax.training.metrics import read_metrics
+from alignx_jax.training.reference import fingerprint
 from configs import base
 from tests.small_records import small_record
 
@@ -350,11 +352,13 @@ def test_what_was_learnt_of_a_dimension_goes_along_whatever_its_name_and_place(t
   )
 
 
-def test_a_new_dimension_starts_from_its_phrases(adapted, new_space):
-  fields = {**new_space, "bridge.start": str(adapted.workdir)}
-  experiment = experiments.load_experiment(_copy(adapted, fields))
+@pytest.mark.parametrize("name", ["adapted", "trained"])
+def test_a_new_dimension_starts_from_its_phrases(name, new_space, request):
+  run = request.getfixturevalue(name)
+  fields = {**new_space, "bridge.start": str(run.workdir)}
+  experiment = experiments.load_experiment(_copy(run, fields))
   started = experiment.load_base()
-  embedding_VD = np.asarray(started["embedding_VD"][...])
+  embedding_VD = np.asarray(run.params["embedding_VD"][...])  # as the run trained them
   encode = experiment.formatting.tokenizer.encode
   for k, pole in ((0, MUSIC.negative), (2, MUSIC.positive)):
     by_hand = embedding_VD[encode(pole)].mean(axis=0)
@@ -412,17 +416,14 @@ def small(trained) -> Path:
     ),
     ({"bridge.start": "nowhere"}, r"nowhere holds no run \(no config.json\); train there first"),
     ({"bridge.start": "told"}, "told is no run with a learned bridge: train there with"),
-    ({"bridge.start": "trained", "lora.rank": 2}, "config.lora.rank is 2; .* has 0: set it"),
     ({"bridge.start": "small"}, "config.bridge.size is 16; .*small has 8: set it likewise"),
   ],
 )
-def test_a_start_that_cannot_be_is_refused(trained, told, small, tmp_path, fields, message):
+def test_a_start_that_cannot_be_is_refused(trained, told, small, fields, message):
   if name := fields.get("bridge.start"):
     fields = fields | {"bridge.start": str(trained.workdir.parent / name)}
   with pytest.raises((ValueError, FileNotFoundError), match=message):
-    experiment = experiments.load_experiment(_copy(trained, fields))
-    experiments.run_training(experiment, tmp_path)
-  assert not (tmp_path / "checkpoints").exists()
+    experiments.load_experiment(_copy(trained, fields))
 
 
 @pytest.mark.parametrize("use", [experiments.run_training, experiments.trained_params])
@@ -433,6 +434,69 @@ def test_a_bridge_is_not_used_in_another_space(trained, new_space, use):
   with pytest.raises(ValueError, match="The bridge in .* is of .*'old' .* in use is 'new'"):
     use(experiment, trained.workdir)
   assert (trained.workdir / experiments.SPACE).read_text() == saved
+
+
+# ------------------------------------------------------------------ what a run starts from
+
+
+def _text_scores(experiment, params):
+  return measuring.text_scorer(experiment, "any", params).score("none")
+
+
+@pytest.fixture(scope="module")
+def readapted(adapted, directory) -> Run:
+  """A run with an adapter that starts from one that has one too."""
+  fields = {"bridge.start": str(adapted.workdir)}
+  return _run(_copy(adapted, fields), directory / "readapted")
+
+
+def test_the_reference_is_the_model_that_training_starts_from(readapted, adapted):
+  """Wherever it is asked for: in each step, from the cache, in what is measured, restored."""
+  run, start = readapted, adapted.experiment
+  base = run.experiment.load_base()
+  plain = experiments.load_params(start.config, start.model, start.mesh)
+  expected = _text_scores(start, adapted.params)
+  assert np.abs(_text_scores(start, plain) - expected).max() > 1e-2
+  for params in (base, without_lora(base)):  # of the cache; of each step
+    np.testing.assert_allclose(_text_scores(run.experiment, params), expected, atol=1e-3)
+  assert fingerprint(base) != fingerprint(plain)  # so the cache of other runs is not taken
+  assert not any(np.any(x) for name, x in _named(run.before).items() if "_lora_b" in name)
+  assert not _changed(run.params, experiments.trained_params(run.experiment, run.workdir))
+  as_start = start.of_run(str(run.workdir))
+  assert not _changed(run.params, experiments.restored_params(as_start))
+
+
+def test_an_adapter_is_trained_beside_weights_that_another_run_trained(trained):
+  fields = {"bridge.start": str(trained.workdir), "lora.rank": 3, "reference.kind": "online"}
+  started = experiments.load_experiment(_copy(trained, fields)).load_base()
+  plain = {name: x for name, x in _named(started).items() if "_lora_" not in name}
+  assert len(plain) < len(_named(started))
+  for name, expected in _named(trained.params).items():
+    np.testing.assert_array_equal(plain[name], expected)
+
+
+def test_what_is_measured_of_a_start_is_not_called_the_base(extended, trained):
+  scorer = measuring.base_scorer(extended.experiment)
+  rows = measuring.base_results(extended.experiment, scorer, ["ica"])
+  assert {row["policy"] for row in rows} == {"length", "start"}
+  expected = _text_scores(trained.experiment, trained.params)
+  np.testing.assert_array_equal(scorer.score("none"), expected)
+
+
+def test_how_a_run_is_read_is_said_by_the_one_that_reads(extended, trained, tmp_path):
+  """Not by the run, nor by files that it was made with."""
+  workdir = Path(shutil.copytree(extended.workdir, tmp_path / "moved"))
+  config = json.loads((workdir / "config.json").read_text())
+  config["bridge"]["space"] = str(tmp_path / "gone.json")
+  (workdir / "config.json").write_text(json.dumps(config))
+  fields = {"eval.rows": 6, "bridge.start": str(workdir), "bridge.new_only": False}
+  fields |= {
+    name: extended.experiment.config.data[name[5:]] for name in ("data.path", "data.space")
+  }
+  experiment = experiments.load_experiment(_copy(trained, fields))
+  start = experiment.of_run(str(workdir))
+  assert start.space == NEW and start.config.eval.rows == 6
+  assert not _changed(extended.params, experiments.restored_params(start))
 
 
 # ------------------------------------------------------------------ evaluation
@@ -552,6 +616,23 @@ def test_profiles_are_what_the_head_infers(told, measured):
       inferred = infer_preferences(model, plain[i].persona, plain[i].post)
       assert examples[i].profile == inferred.verbalise(threshold)
     assert len({example.profile for example in examples}) > 1
+
+
+def test_a_policy_of_another_model_is_told_the_same(told, measured):
+  fields = {"model.weights": "preset:tiny8", "model.preset": "tiny8", "eval.every": 2}
+  experiment = experiments.load_experiment(_copy(told, fields))
+  experiment = dataclasses.replace(experiment, validation=experiment.test[:4])
+  other = bridges.told_by(experiment)
+  assert list(other.test.profiles) == list(told.experiment.test.profiles)
+  assert list(other.validation.profiles) == list(told.experiment.test.profiles)[:4]
+
+
+def test_a_run_that_is_refused_leaves_nothing_in_the_workdir(told, trained, tmp_path):
+  workdir = Path(shutil.copytree(told.workdir, tmp_path / "run"))
+  before = sorted(path.name for path in workdir.rglob("*"))
+  with pytest.raises(ValueError, match="holds a run with another config: bridge.inferred_by was"):
+    experiments.run_training(trained.experiment, workdir)
+  assert sorted(path.name for path in workdir.rglob("*")) == before
 
 
 def test_a_policy_is_trained_on_profiles_and_measured_with_its_controls(told, capsys):

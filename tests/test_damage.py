@@ -249,8 +249,9 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_keeps_the_last_good_one(s
   process = start(data, small_disk / "run", "--config.train.keep_checkpoints=99")
   error = process.communicate(timeout=300)[1]
   assert process.returncode == 1
-  last = error.strip().splitlines()[-1]
-  assert "Error: " in last and "No space left on device" in last, error[-3000:]
+  # Threads of the libraries may add what became of their writes.
+  told = [line for line in error.splitlines() if line.startswith("Error: ")]
+  assert len(told) == 1 and "No space left on device" in told[0], error[-3000:]
   restored = Checkpoints(small_disk / "run", keep=1).steps()
   assert restored, error[-3000:]
   subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)

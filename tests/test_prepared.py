@@ -1,5 +1,6 @@
 """A prepared set in training: read on demand, mixed, in the rows proposed for it."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -7,14 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from alignx_jax import experiment as experiments
-from alignx_jax.data.alignx import get_config
+from alignx_jax.data.alignx import from_features, get_config, make_features, to_features
 from alignx_jax.data.prepared import open_prepared
 from alignx_jax.data.preparing import prepare
 from alignx_jax.data.proposals import write_proposals
+from alignx_jax.data.records import Example, Profiled
 from alignx_jax.measuring import measure
+from alignx_jax.personas.persona import Persona, UserComment
 from alignx_jax.personas.simulator import simulate_record
 from alignx_jax.training.reference import cache_key
 from configs import base
@@ -64,6 +69,39 @@ def test_a_temperature_lets_small_sources_come_more_often(config):
 
   plain, even = share(1.0), share(1e6)
   assert plain < 0.3 and even == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_temperature_weighs_sources_whatever_profiles_are_told(config):
+  config.data.temperature = 2.0
+  experiment = experiments.load_experiment(config)
+  told = Profiled(experiment.train, ["likes tea"] * len(experiment.train))
+  loader = experiments.training_loader(dataclasses.replace(experiment, train=told))
+  plain = experiments.training_loader(experiment)
+  indices = range(plain.stream_length)
+  assert [loader.stream[i] for i in indices] == [plain.stream[i] for i in indices]
+  assert loader.examples[3].profile == "likes tea"
+
+
+def test_directions_that_are_not_all_known_are_stored_as_such():
+  space = get_config("uf_p_4").space
+  directions = [np.float32([0, 0.5, 1, np.nan]), None, np.float32([np.nan, 1, 1, 0])]
+  persona = Persona(tuple(UserComment("a", "b", d) for d in directions))
+  features = make_features(space)
+  for known in directions:
+    example = Example("f:0", "post", "chosen", "rejected", persona, known)
+    stored = features.encode_example(to_features(example, "source", space))
+    read = from_features(jax.tree.map(_as_read, stored))
+    acts = [act.directions for act in read.persona.comments]
+    for found, expected in zip([read.directions, *acts], [known, *directions], strict=True):
+      assert (found is None) == (expected is None)
+      if expected is not None:
+        np.testing.assert_array_equal(found, expected)
+
+
+def _as_read(value):
+  """Text as a TFDS data source gives it."""
+  text = isinstance(value, np.ndarray) and value.dtype == object
+  return value.item().encode() if text else value
 
 
 def test_a_temperature_needs_sources(config):

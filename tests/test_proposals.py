@@ -11,6 +11,7 @@ from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import load_tokenizer
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.preferences import alignx_space
+from alignx_jax.personas.prompts import render_parts
 from alignx_jax.personas.simulator import simulate_record
 
 SPACE = alignx_space()
@@ -56,6 +57,17 @@ def test_the_loader_pads_as_expected(users, layout):
   assert share == pytest.approx(found["padding"], abs=0.02)
   assert share < 0.05
   assert not any("refused" in reason for reason in loader.counts)
+
+
+def test_what_a_learned_bridge_reads_is_measured_too(users):
+  form = formatting(condition="bridge", history=HistoryPolicy())
+  sizes = measure(users, form, sample=20)
+  assert sizes.shape == (20, 5)
+  plain = measure(users, formatting(condition="none", history=HistoryPolicy()), sample=20)
+  np.testing.assert_array_equal(sizes[:, :3], plain)
+  for (*_, persona, parts), i in zip(sizes, np.linspace(0, len(users) - 1, 20), strict=True):
+    example = users[int(i)]
+    assert parts == len(render_parts(example.post, example.persona)) and persona > parts
 
 
 def test_rows_too_short_for_most_are_not_proposed(users):

@@ -62,12 +62,12 @@ def make_features(space: PreferenceSpace) -> tfds.features.FeaturesDict:
 
 
 def to_features(example: Example, source: str, space: PreferenceSpace) -> dict:
-  """An Example as `make_features` stores it."""
+  """An Example as `make_features` stores it; NaN among directions is unknown."""
 
   def codes(directions_P):
     if directions_P is None:
       return np.full(len(space), _UNKNOWN, np.uint8)
-    return (2 * directions_P).astype(np.uint8)
+    return np.nan_to_num(2 * directions_P, nan=_UNKNOWN).astype(np.uint8)
 
   def item(value):
     return dataclasses.asdict(value) | {"directions": codes(value.directions)}
@@ -90,7 +90,10 @@ def from_features(features: dict) -> Example:
   """The Example that `to_features` stored, from what a TFDS data source gives."""
 
   def directions(codes_P):
-    return None if codes_P[0] == _UNKNOWN else codes_P.astype(np.float32) / 2
+    unknown_P = codes_P == _UNKNOWN
+    if unknown_P.all():
+      return None
+    return np.where(unknown_P, np.float32(np.nan), codes_P.astype(np.float32) / 2)
 
   def items(make, fields, name):
     columns = features[name]

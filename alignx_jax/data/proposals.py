@@ -25,9 +25,11 @@ def measure(examples: Sequence[Example], formatting: Formatting, *, sample: int)
   Args:
     sample: so many examples, evenly spread.
   Returns:
-    int [examples, 3] of context, chosen and rejected, without those that formatting refuses.
+    int [examples, S] of context, chosen and rejected, for a learned bridge also of the persona
+    and its parts, without those that formatting refuses.
   """
-  wide = dataclasses.replace(formatting, regions=Regions(1 << 30, 1 << 30, 1))
+  bridge = (1 << 30, 1 << 30) if formatting.condition == "bridge" else ()
+  wide = dataclasses.replace(formatting, regions=Regions(1 << 30, 1 << 30, 1, *bridge))
   sizes = []
   places = np.unique(np.linspace(0, len(examples) - 1, min(sample, len(examples))).astype(int))
   for i in tqdm(places, desc="measuring lengths", unit="ex", mininterval=1.0):
@@ -35,7 +37,7 @@ def measure(examples: Sequence[Example], formatting: Formatting, *, sample: int)
     persona = sample_history(example.persona, formatting.history, history_rng(0, 0, example.id))
     with contextlib.suppress(Refused):
       sizes.append(tokenise(example, wide, persona).sizes)
-  return np.array(sizes, int).reshape(-1, 3)
+  return np.array(sizes, int).reshape(-1, len(wide.regions.room))
 
 
 def pack(sizes: np.ndarray, regions: Regions, *, window: int) -> tuple[float, int]:

@@ -248,7 +248,7 @@ def evaluate_base(base: Scorer, policies: Sequence[str]) -> list[dict]:
   for condition in dict.fromkeys(c for p in policies for c in CONDITIONS[p]):
     if condition not in ("shuffled", "none"):
       ratio = base.score(condition) - base.score("none")
-      results += accuracy_rows("base", condition, "unconditioned", base.examples, ratio)
+      results += accuracy_rows(base.name, condition, "unconditioned", base.examples, ratio)
   return results
 
 

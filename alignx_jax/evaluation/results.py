@@ -12,6 +12,7 @@ from alignx_jax.files import write_text
 LEGEND = {
   "policy": {
     "base": "the model before alignment",
+    "start": "the aligned model that a run began from (config.bridge.start), here the reference",
     "ica": "in-context alignment: trained to read the raw persona P",
     "pba": "preference-bridged alignment: trained to read P̃, the user's preference directions",
     "pba_head": "the same through a learned bridge: P̃ inferred from behaviour, told as tokens",

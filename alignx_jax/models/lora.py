@@ -96,3 +96,15 @@ def merge_lora(model) -> None:
     delattr(blocks, f"{name}_lora_a")
     delattr(blocks, f"{name}_lora_b")
   del blocks.lora_scale
+
+
+def merged_base(model, params: nnx.State) -> nnx.State:
+  """The parameters of a plain decoder that does as one with an adapter, whatever its bridge.
+
+  Args:
+    model: shapes alone.
+    params: of it; weights that an adapter is merged into are given away.
+  """
+  model = nnx.merge(nnx.graphdef(model), params)
+  merge_lora(model)
+  return nnx.split_state(nnx.state(model), BridgeParam, ...)[1]

@@ -27,8 +27,6 @@ def bridge_objective(
   Args:
     space: of the bridge.
     labels_XP: label_sample of the training data, whose frequencies weigh the loss.
-  Raises:
-    ValueError: config.bridge.new_only has nothing to train, or to start from.
   """
   bridge = config.bridge
   return BridgeObjective(
@@ -47,18 +45,7 @@ def _new_rows(bridge, space: PreferenceSpace) -> tuple[int, ...] | None:
   """Indices of the dimensions to train alone; None for all."""
   if not bridge.new_only:
     return None
-  if not (bridge.alone and bridge.start):
-    raise ValueError(
-      "config.bridge.new_only trains the dimensions that config.bridge.start has not, beside a "
-      "frozen model: set config.bridge.start to a run and config.bridge.alone to True."
-    )
-  old = PreferenceSpace.from_json(Path(bridge.start) / SPACE)
-  rows_P = space.rows_from(old)
-  if not (rows_P < 0).any():
-    raise ValueError(
-      f"The preference space has no dimension that {bridge.start} has not; set "
-      "config.bridge.space to one with new dimensions, or config.bridge.new_only to False."
-    )
+  rows_P = space.rows_from(PreferenceSpace.from_json(Path(bridge.start) / SPACE))
   return tuple(np.flatnonzero(rows_P < 0).tolist())
 
 
@@ -112,9 +99,9 @@ def start_bridge(
 
 
 def continue_bridge(
-  params: nnx.State, space: PreferenceSpace, old_params: nnx.State, old_space: PreferenceSpace
+  params: nnx.State, space: PreferenceSpace, old: nnx.State, old_space: PreferenceSpace
 ) -> nnx.State:
-  """Parameters that go on from a trained run, whatever became of its space.
+  """Parameters whose bridge goes on from a trained one, whatever became of its space.
 
   A dimension that the old space has keeps what was learnt of it, whatever its place and even if
   it was renamed (Dimension.formerly). A new one keeps how it was started, and reads and is
@@ -122,13 +109,14 @@ def continue_bridge(
 
   Args:
     params: of a model with the new space, as start_bridge gives.
+    old: of the trained bridge alone.
   """
   rows_P = space.rows_from(old_space)
-  bridge, old = params["bridge"], old_params["bridge"]
+  bridge = params["bridge"]
   for name in bridge:
     value = old[name][...]
     if name in TABLES:
       known_P = (rows_P >= 0).reshape(-1, *[1] * (value.ndim - 1))
       value = jnp.where(known_P, value[np.maximum(rows_P, 0)], bridge[name][...])
     bridge[name] = bridge[name].replace(jax.device_put(value, bridge[name][...].sharding))
-  return nnx.merge_state(old_params, nnx.State({"bridge": bridge}))
+  return params

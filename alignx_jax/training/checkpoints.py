@@ -105,6 +105,14 @@ class Checkpoints:
       state=state._replace(params=found.state["params"], **found.state["optimizer"])
     )
 
+  def check_newest(self, check: Callable[[dict], None]) -> None:
+    """Calls `check` with what the newest checkpoint that says it says of its run, if any does."""
+    for step in reversed(self.steps()):
+      body = self._try(step, self._read_run)
+      if not isinstance(body, _Damage):
+        check(body["run"])
+        return
+
   def newest_params(self, params) -> Restored | None:
     """Likewise, the parameters alone; what is damaged is left where it is."""
     found = self._newest(self.steps(), {"params": params}, lambda run: None, aside=False)

@@ -10,10 +10,11 @@ from absl import logging
 from flax import nnx
 
 from alignx_jax.data.loader import PACKING, Loader
+from alignx_jax.files import write_text
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.training import hosts
-from alignx_jax.training.bridge import bridge_objective, label_sample
+from alignx_jax.training.bridge import SPACE, bridge_objective, label_sample
 from alignx_jax.training.checkpoints import (
   Checkpoints,
   Restored,
@@ -92,6 +93,11 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
       "mesh": repr(dict(mesh.shape)),
     }
   )
+  checkpoints = Checkpoints(
+    workdir, keep=config.train.keep_checkpoints, every=config.train.keep_every
+  )
+  check = lambda run: check_config(config, run["config"], str(workdir), run_key)
+  checkpoints.check_newest(check)  # before the reference is paid for
   directory = config.reference.directory or workdir / "reference"
   if config.reference.kind == "cached":
     loader.reference = cached_reference(log_probs, loader, directory, weights)
@@ -124,10 +130,6 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
   del params
 
   # ------------------------------------------------------------------ resume
-  checkpoints = Checkpoints(
-    workdir, keep=config.train.keep_checkpoints, every=config.train.keep_every
-  )
-  check = lambda run: check_config(config, run["config"], str(workdir), run_key)
   restored = _restore(config.train.restore, checkpoints, programs.state, check)
   lanes_BW, first = loader.start(), 0
   if restored:
@@ -144,6 +146,8 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
     del trained
   if hosts.is_first():
     save_run_config(config, workdir, run_key)
+    if bridge:
+      write_text(workdir / SPACE, loader.formatting.space_of_bridge.to_json())
   lanes_BW = lanes_BW[own]
   batches = loader.batches(lanes_BW, endless=True)
   record |= {"restored": config.train.restore}

@@ -97,7 +97,8 @@ def run_config(base: Any, workdir: Path) -> Any:
   """The config of a run, from the config.json that it left in its workdir.
 
   Args:
-    base: a config with the fields there are; it is not changed.
+    base: a config with the fields there are, which says how things are done (_FREE); it is not
+      changed.
   Raises:
     FileNotFoundError: there is none.
     ValueError: it is damaged, or has fields that there are not.
@@ -108,8 +109,11 @@ def run_config(base: Any, workdir: Path) -> Any:
   found = _read(path)
   del found["fingerprint"]
   config = base.copy_and_resolve_references()
+  fields = flatten_dict(found, sep=".")
+  # A preset says how the weights are checked, and belongs to them.
+  kept = {n: v for n, v in fields.items() if not _FREE.fullmatch(n) or n == "model.preset"}
   try:
-    config.update_from_flattened_dict(flatten_dict(found, sep="."))
+    config.update_from_flattened_dict(kept)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path} is of another version or damaged: {error}") from error
   return config
