@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
   "beam": ["apache-beam>=2.70,<3"],
+  "gcs": ["gcsfs>=2024.6"],
   "gguf": ["gguf>=0.17,<1"],
   # Later sentencepiece needs a protobuf that TensorFlow does not go with.
   "seqio": ["seqio>=0.0.20,<0.1", "sentencepiece>=0.2,<0.2.2"],

@@ -8,6 +8,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from alignx_jax.files import as_path
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything a run makes is written.")
 flags.mark_flags_as_required(["config", "workdir"])
@@ -27,7 +29,7 @@ def run(main: Callable[[ConfigDict, Path], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # the libraries' notes would bury progress bars
     try:
-      main(_CONFIG.value, Path(_WORKDIR.value))
+      main(_CONFIG.value, as_path(_WORKDIR.value))
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
       if not _raised_here(error):
         raise

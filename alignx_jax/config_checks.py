@@ -5,6 +5,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from alignx_jax.evaluation.accuracy import PROTOCOLS
+from alignx_jax.files import as_path
 from alignx_jax.personas.preferences import PreferenceSpace
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.bridge import SPACE
@@ -113,12 +114,12 @@ def check_start(config, space: PreferenceSpace) -> None:
   bridge = config.bridge
   if not (has_head(config) and bridge.start):
     return
-  size = head_config(config, Path(bridge.start)).bridge.size
+  size = head_config(config, as_path(bridge.start)).bridge.size
   if size != bridge.size:
     raise ValueError(
       f"config.bridge.size is {bridge.size}; {bridge.start} has {size}: set it likewise."
     )
-  old = PreferenceSpace.from_json(Path(bridge.start) / SPACE)
+  old = PreferenceSpace.from_json(as_path(bridge.start) / SPACE)
   if bridge.new_only and (space.rows_from(old) >= 0).all():
     raise ValueError(
       f"The preference space has no dimension that {bridge.start} has not; set "

@@ -20,6 +20,7 @@ from alignx_jax.data.rows import Regions
 from alignx_jax.data.splits import load_splits
 from alignx_jax.data.stream import mixing_rates
 from alignx_jax.data.tokenizers import Tokenizer, find_file, load_tokenizer
+from alignx_jax.files import as_path
 from alignx_jax.models.bridge import BridgeParam, add_bridge
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import LoraParam, add_lora, merged_base, split_trainable
@@ -119,8 +120,8 @@ class Experiment:
       FileNotFoundError: there is no such run.
       ValueError: the run has no learned bridge.
     """
-    config = head_config(self.config, Path(workdir))
-    saved = PreferenceSpace.from_json(Path(workdir) / SPACE)
+    config = head_config(self.config, as_path(workdir))
+    saved = PreferenceSpace.from_json(as_path(workdir) / SPACE)
     config.bridge.space = ""  # the run's own copy counts, wherever the file is now
     tokenizer, model = load_tokenizer_and_model(
       config, platform=self.mesh.devices.flat[0].platform, dimensions=len(saved)
@@ -128,7 +129,7 @@ class Experiment:
     formatting = make_formatting(config, tokenizer, self.formatting.space)
     formatting = dataclasses.replace(formatting, bridge_space=saved)
     return dataclasses.replace(
-      self, config=config, model=model, formatting=formatting, workdir=Path(workdir)
+      self, config=config, model=model, formatting=formatting, workdir=as_path(workdir)
     )
 
 

@@ -1,17 +1,35 @@
-"""Files that are either old or new, never half written."""
+"""Files that are either old or new, never half written; here or on an object store."""
 
 import os
 from pathlib import Path
 
 
+def is_remote(path) -> bool:
+  """Whether this is a URL, such as gs://bucket/run."""
+  return "://" in os.fspath(path)
+
+
+def as_path(path):
+  """A pathlib.Path; of a URL what etils.epath has in its place."""
+  if not is_remote(path):
+    return Path(path)
+  from etils import epath
+
+  return epath.Path(path)
+
+
 def write_text(path, text):
   """Writes beside `path`, then renames: a reader sees the old file or the new one whole."""
-  path = Path(path)
+  path = as_path(path)
+  # User text may hold lone surrogates, which UTF-8 cannot.
+  body = text.encode("utf-8", errors="xmlcharrefreplace")
+  if is_remote(path):
+    path.write_bytes(body)  # objects appear whole
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    # User text may hold lone surrogates, which UTF-8 cannot.
-    temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+    temporary.write_bytes(body)
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from alignx_jax import experiment as experiments
 from alignx_jax.bridges import CALIBRATION
 from alignx_jax.config_checks import has_head
+from alignx_jax.files import as_path
 from alignx_jax.inference.preference_model import PreferenceModel
 from alignx_jax.inference.preferences import (
   Known,
@@ -42,7 +43,7 @@ def load_preference_model(workdir: str | Path, *, platform: str | None = None) -
   """The newest checkpoint of a run with a learned bridge, on this machine's devices.
 
   No data is read. The base is not checked: where the run trained an adapter or the bridge alone,
-  config.model.weights must still be those that it began with.
+  config.model.weights, or the run that config.bridge.start names, must still be as it began.
 
   Args:
     workdir: of a run with config.objective.name "pba" and config.bridge.kind "head", such as
@@ -53,7 +54,7 @@ def load_preference_model(workdir: str | Path, *, platform: str | None = None) -
     ValueError: the run has no learned bridge, or its space is no longer the one that its config
       names.
   """
-  workdir = Path(workdir)
+  workdir = as_path(workdir)
   config = _saved_config(workdir)
   if "bridge" not in config or not has_head(config):
     raise ValueError(

@@ -12,6 +12,7 @@ from flax import nnx
 
 from alignx_jax.data.rows import Rows
 from alignx_jax.experiment import Experiment, restored_params, training_loader
+from alignx_jax.files import as_path
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.bridge import bridge_objective, label_sample
@@ -31,7 +32,7 @@ def replay(experiment: Experiment, workdir: Path, file: str) -> str:
     FileNotFoundError: there is no such file, or no checkpoint.
     ValueError: another config made the run.
   """
-  body = json.loads(Path(file).read_text(encoding="utf-8"))
+  body = json.loads(as_path(file).read_text(encoding="utf-8"))
   config, mesh, loader = experiment.config, experiment.mesh, training_loader(experiment)
   experiment = dataclasses.replace(experiment, workdir=workdir)
   base = experiment.load_base()

@@ -100,8 +100,10 @@ def test_directions_that_are_not_all_known_are_stored_as_such():
 
 def _as_read(value):
   """Text as a TFDS data source gives it."""
-  text = isinstance(value, np.ndarray) and value.dtype == object
-  return value.item().encode() if text else value
+  if not (isinstance(value, np.ndarray) and value.dtype == object):
+    return value
+  texts = [text.encode() for text in value.ravel()]
+  return texts if value.ndim else texts[0]
 
 
 def test_a_temperature_needs_sources(config):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from alignx_jax.files import as_path
+
 NEUTRAL = 0.5
 
 
@@ -54,7 +56,7 @@ class PreferenceSpace:
       ValueError: the file is no such thing; names the dimension, what is wrong and the fix.
     """
     try:
-      content = json.loads(Path(path).read_text(encoding="utf-8"))
+      content = json.loads(as_path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise ValueError(f"{path} is not JSON ({error}); mend it.") from error
     if isinstance(content, list):

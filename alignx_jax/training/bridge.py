@@ -1,7 +1,6 @@
 """How a learned bridge starts, and what its objective takes from config and data."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from alignx_jax.data.tokenizers import Tokenizer
+from alignx_jax.files import as_path
 from alignx_jax.models.bridge import TABLES
 from alignx_jax.objectives.pba import BridgeObjective, class_shares, class_weights
 from alignx_jax.personas.preferences import PreferenceSpace
@@ -45,7 +45,7 @@ def _new_rows(bridge, space: PreferenceSpace) -> tuple[int, ...] | None:
   """Indices of the dimensions to train alone; None for all."""
   if not bridge.new_only:
     return None
-  rows_P = space.rows_from(PreferenceSpace.from_json(Path(bridge.start) / SPACE))
+  rows_P = space.rows_from(PreferenceSpace.from_json(as_path(bridge.start) / SPACE))
   return tuple(np.flatnonzero(rows_P < 0).tolist())
 
 

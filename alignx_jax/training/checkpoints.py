@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
+from alignx_jax.files import as_path, is_remote
 from alignx_jax.training import hosts
 from alignx_jax.training.checksums import checksums
 
@@ -49,7 +50,9 @@ class Checkpoints:
       kept.append(policies.EveryNSteps(every))
     accuracy = lambda metrics: metrics["accuracy"]
     kept.append(policies.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False))
-    self.directory = (Path(workdir) / "checkpoints").absolute()
+    self.directory = as_path(workdir) / "checkpoints"
+    if not is_remote(workdir):
+      self.directory = self.directory.absolute()
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(

@@ -10,7 +10,7 @@ from absl import logging
 from flax import nnx
 
 from alignx_jax.data.loader import PACKING, Loader
-from alignx_jax.files import write_text
+from alignx_jax.files import as_path, write_text
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.training import hosts
@@ -73,7 +73,7 @@ def train(
     SystemExit: asked to stop by SIGTERM or Ctrl-C; the state is saved.
   """
   with in_use(workdir):
-    return _train(config, Path(workdir), model, params, mesh, loader, evaluate, ideal_seconds)
+    return _train(config, as_path(workdir), model, params, mesh, loader, evaluate, ideal_seconds)
 
 
 def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds) -> TrainResult:
@@ -180,6 +180,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
         run = record | {"lanes": lanes_to_json(gather(lanes_BW))}
         checkpoints.save(done, state, run, accuracy=accuracy)
       monitor.log.write("save", step=done)
+      monitor.sync()
 
     def report(pending, done):
       try:
@@ -190,7 +191,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
 
     for step in range(first, steps):
       if step == profile_from < profile_to:
-        jax.profiler.start_trace(str(workdir / "profile"))
+        jax.profiler.start_trace(str(monitor.directory / "profile"))
       with monitor.spending("data"):
         before_BW = lanes_BW
         rows, lanes_BW = next(batches)
@@ -243,7 +244,7 @@ def _restore(path: str, checkpoints: Checkpoints, state, check) -> Restored | No
       f"config.train.restore is {path!r}, but this workdir has a run that began otherwise; use "
       "another --workdir."
     )
-  source, step = Path(path), None
+  source, step = as_path(path), None
   if source.parent.name == "checkpoints" and source.name.isdigit():
     source, step = source.parents[1], int(source.name)
   found = None

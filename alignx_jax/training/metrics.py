@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from alignx_jax.files import as_path
+
 
 def divide(metrics: dict) -> dict[str, float]:
   """Pairs summed over devices and steps to their means; 0 / 0 is NaN."""
@@ -47,7 +49,7 @@ def _to_json(line: dict) -> str:
 
 def read_metrics(workdir: Path) -> list[dict]:
   """The lines written so far, NaN for null; a last line cut short by a kill is left out."""
-  path = Path(workdir) / "metrics.jsonl"
+  path = as_path(workdir) / "metrics.jsonl"
   lines = []
   if path.exists():
     for line in path.read_text(encoding="utf-8").splitlines():

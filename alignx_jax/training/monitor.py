@@ -19,7 +19,7 @@ from alignx_jax.files import write_text
 from alignx_jax.training import hosts
 from alignx_jax.training.events import EventLog
 from alignx_jax.training.metrics import MetricWriter, divide
-from alignx_jax.training.workdir import Heartbeat
+from alignx_jax.training.workdir import GrowingFiles, Heartbeat
 
 SPENT = ("step", "data", "checkpoint", "evaluation")
 
@@ -66,9 +66,12 @@ class Monitor:
     self._steps, self._ideal_seconds = steps, ideal_seconds
     self._fingerprint, self._gather = fingerprint, gather
     process = jax.process_index()
-    self.log = EventLog(workdir, process)
+    names = [f"logs/host_{process}.jsonl"] + ["metrics.jsonl"] * hosts.is_first()
+    self._files = GrowingFiles(workdir, names)
+    self.directory = self._files.directory
+    self.log = EventLog(self.directory, process)
     self.heartbeat = Heartbeat(workdir, process)
-    self._writer = MetricWriter(workdir, first) if hosts.is_first() else None
+    self._writer = MetricWriter(self.directory, first) if hosts.is_first() else None
     self._bar = tqdm(
       total=steps, initial=first, desc=workdir.name, unit="step", disable=not hosts.is_first()
     )
@@ -206,9 +209,14 @@ class Monitor:
     examples = [self._loader.examples[i] for i in self._indices(rows)]
     return {"texts": [[e.post, e.chosen, e.rejected] for e in examples]}
 
+  def sync(self) -> None:
+    """Copies metrics and events to where the workdir is, if that is elsewhere."""
+    self._files.sync()
+
   def close(self) -> None:
     """Closes the files."""
     self._bar.close()
     if self._writer:
       self._writer.close()
     self.log.close()
+    self._files.close()

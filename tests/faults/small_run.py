@@ -9,23 +9,24 @@ digits: equal means bit for bit. With --stop_at the last process gets SIGTERM at
 import json
 import os
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 
 from alignx_jax import command_line
+from alignx_jax import experiment as experiments
+from alignx_jax.training import hosts
+from alignx_jax.training.monitor import Monitor
+from alignx_jax.training.stopping import EXIT_CODE
 
 flags.adopt_module_key_flags(command_line)
 _STOP_AT = flags.DEFINE_integer("stop_at", None, "The step at which a process gets SIGTERM.")
 
 
-def main(config, workdir):
-  from alignx_jax import experiment as experiments
-  from alignx_jax.training import hosts
-  from alignx_jax.training.monitor import Monitor
-  from alignx_jax.training.stopping import EXIT_CODE
-
+def run(config, workdir: Path, *, stop_at: int | None = None) -> None:
+  """Trains, as one of the processes that the environment says."""
   hosts.connect()
   report = Monitor.report
 
@@ -35,7 +36,7 @@ def main(config, workdir):
     line["loss"] = float(np.float32(numerator / denominator)).hex()
     with (workdir / f"consumed_{jax.process_index()}.jsonl").open("a", encoding="utf-8") as file:
       file.write(json.dumps(line) + "\n")
-    if pending.step == _STOP_AT.value and jax.process_index() == jax.process_count() - 1:
+    if pending.step == stop_at and jax.process_index() == jax.process_count() - 1:
       os.kill(os.getpid(), signal.SIGTERM)
     return report(self, pending)
 
@@ -43,8 +44,12 @@ def main(config, workdir):
   try:
     experiments.run_training(experiments.load_experiment(config), workdir)
   except SystemExit as stopped:
-    assert stopped.code == EXIT_CODE and _STOP_AT.value is not None
+    assert stopped.code == EXIT_CODE and stop_at is not None
     print("stopped")
+
+
+def main(config, workdir):
+  run(config, workdir, stop_at=_STOP_AT.value)
 
 
 if __name__ == "__main__":
