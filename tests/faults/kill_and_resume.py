@@ -67,9 +67,10 @@ def prepare_in(workdir: Path, records: Path) -> None:
   prepare([str(records)], workdir / "data", config, shard_records=4, run_all=one)
 
 
-def train_in(workdir: Path, port: int, index: int) -> None:
+def train_in(workdir: Path, cache: Path, port: int, index: int) -> None:
   """Trains as one of the processes; in a process of its own."""
   _log_to(workdir / f"log_{index}.txt")
+  _keep_programs(cache / str(index))
   os.environ |= {
     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
     "JAX_NUM_PROCESSES": str(PROCESSES),
@@ -83,6 +84,28 @@ def train_in(workdir: Path, port: int, index: int) -> None:
   run(config, workdir)
 
 
+def _keep_programs(directory: Path) -> None:
+  """Compiled programs are kept by each process for itself.
+
+  JAX lets the first process alone write its cache, in which the others' programs are not.
+  """
+  import jax
+  from jax._src import compiler, distributed
+
+  jax.config.update("jax_compilation_cache_dir", str(directory))
+  write = compiler._cache_write
+
+  def write_as_first(*args):
+    state, process = distributed.global_state, distributed.global_state.process_id
+    state.process_id = 0
+    try:
+      write(*args)
+    finally:
+      state.process_id = process
+
+  compiler._cache_write = write_as_first
+
+
 def _log_to(path: Path) -> None:
   with path.open("ab") as log:
     os.dup2(log.fileno(), sys.stdout.fileno())
@@ -93,7 +116,8 @@ class Forker:
   """Starts processes that have imported everything, without a JAX backend."""
 
   def __init__(self, cache: Path):
-    os.environ |= ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    os.environ |= ENVIRONMENT
+    self._cache = cache
     self._context = multiprocessing.get_context("forkserver")
     self._context.set_forkserver_preload(
       ["tests.faults.small_run", "alignx_jax.data.preparing", "configs.base"]
@@ -108,7 +132,9 @@ class Forker:
     with socket.socket() as probe:
       probe.bind(("localhost", 0))
       port = probe.getsockname()[1]
-    return self._start([(train_in, workdir, port, index) for index in range(PROCESSES)])
+    return self._start(
+      [(train_in, workdir, self._cache, port, index) for index in range(PROCESSES)]
+    )
 
   def _start(self, calls):
     running = [self._context.Process(target=call, args=args) for call, *args in calls]
