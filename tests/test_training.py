@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(
   config, tmp_path, monkeypatch
 ):
   load = experiments.load_params
-  broken = lambda *args: jax.tree.map(lambda x: x * np.nan, load(*args))
+  broken = lambda *args, **options: jax.tree.map(lambda x: x * np.nan, load(*args, **options))
   monkeypatch.setattr(experiments, "load_params", broken)
   experiment = experiments.load_experiment(config)
   with pytest.raises(FloatingPointError, match="records.json:"):
