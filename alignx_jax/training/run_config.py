@@ -109,10 +109,10 @@ def run_config(base: Any, workdir: Path) -> Any:
   found = _read(path)
   del found["fingerprint"]
   config = base.copy_and_resolve_references()
-  fields = flatten_dict(found, sep=".")
-  # A preset says how the weights are checked, and belongs to them.
-  kept = {n: v for n, v in fields.items() if not _FREE.fullmatch(n) or n == "model.preset"}
   try:
+    fields = flatten_dict(found, sep=".")
+    # A preset says how the weights are checked, and belongs to them.
+    kept = {n: v for n, v in fields.items() if not _FREE.fullmatch(n) or n == "model.preset"}
     config.update_from_flattened_dict(kept)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path} is of another version or damaged: {error}") from error
