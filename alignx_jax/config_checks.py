@@ -6,12 +6,15 @@ from jax.sharding import Mesh
 
 from alignx_jax.evaluation.accuracy import PROTOCOLS
 from alignx_jax.files import as_path
+from alignx_jax.objectives.losses import LOSSES
 from alignx_jax.personas.preferences import PreferenceSpace
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.bridge import SPACE
 from alignx_jax.training.run_config import run_config
 
 OBJECTIVES = ("ica", "pba")
+# Fields of config.objective that one loss alone has.
+OF_ONE_LOSS = {"label_smoothing": "sigmoid", "target_margin": "simpo"}
 
 
 def has_head(config) -> bool:
@@ -20,13 +23,32 @@ def has_head(config) -> bool:
 
 
 def check_names(config) -> None:
-  """Raises ValueError on an unknown objective or bridge."""
+  """Raises ValueError on an unknown objective, loss or bridge, or a number that is of another."""
   for field, value, known in (
     ("objective.name", config.objective.name, OBJECTIVES),
+    ("objective.loss", config.objective.loss, tuple(LOSSES)),
     ("bridge.kind", config.bridge.kind, ("text", "head")),
   ):
     if value not in known:
       raise ValueError(f"config.{field} is {value!r}; set it to {' or '.join(known)}.")
+  objective = config.objective
+  if objective.beta <= 0:
+    raise ValueError(f"config.objective.beta is {objective.beta}; set it above 0.")
+  if not 0 <= objective.label_smoothing < 0.5:
+    raise ValueError(
+      f"config.objective.label_smoothing is {objective.label_smoothing}; set it to 0 or more, and "
+      "below 0.5, where labels say nothing."
+    )
+  if objective.target_margin < 0:
+    raise ValueError(
+      f"config.objective.target_margin is {objective.target_margin}; set it to 0 or more."
+    )
+  for field, loss in OF_ONE_LOSS.items():
+    if objective[field] and objective.loss != loss:
+      raise ValueError(
+        f"config.objective.{field} is {objective[field]}, and {objective.loss!r} has none: set it "
+        f"to 0, or config.objective.loss to {loss!r}."
+      )
 
 
 def check_sizes(config, mesh: Mesh) -> None:

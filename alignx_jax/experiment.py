@@ -26,6 +26,7 @@ from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import LoraParam, add_lora, merged_base, split_trainable
 from alignx_jax.models.presets import Architecture, get_architecture
 from alignx_jax.models.pretrained import load_decoder, read_architecture
+from alignx_jax.objectives.losses import reference_kind
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.preferences import PreferenceSpace, alignx_space
 from alignx_jax.training import mesh as meshes
@@ -388,7 +389,7 @@ def _ideal_seconds(experiment: Experiment) -> float | None:
     experiment.formatting.regions,
     config.train.rows,
     frozen=config.lora.rank > 0,
-    online=config.reference.kind == "online",
+    online=reference_kind(config) == "online",
     bridge=flops.bridge_sizes(config, count_dimensions(model)),
   )
   return needed / (peak * experiment.mesh.devices.size)

@@ -14,6 +14,7 @@ from alignx_jax.data.rows import Rows
 from alignx_jax.experiment import Experiment, restored_params, training_loader
 from alignx_jax.files import as_path
 from alignx_jax.models.lora import split_trainable
+from alignx_jax.objectives.losses import PreferenceLoss, reference_kind
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.bridge import bridge_objective, label_sample
 from alignx_jax.training.reference import LogProbs, cached_reference, fingerprint
@@ -38,7 +39,7 @@ def replay(experiment: Experiment, workdir: Path, file: str) -> str:
   base = experiment.load_base()
   weights = fingerprint(base)
   check_run_config(config, workdir, body["fingerprint"])
-  if config.reference.kind == "cached":
+  if reference_kind(config) == "cached":
     log_probs = LogProbs(experiment.model, base, mesh, loader.rows, config.train.head_chunk)
     directory = config.reference.directory or workdir / "reference"
     loader.reference = cached_reference(log_probs, loader, directory, weights)
@@ -59,10 +60,10 @@ def replay(experiment: Experiment, workdir: Path, file: str) -> str:
       frozen,
       rows,
       graph=nnx.graphdef(experiment.model),
-      beta=config.objective.beta,
+      loss=PreferenceLoss.of(config.objective),
       chunk=config.train.head_chunk,
       accumulation=1,
-      online=config.reference.kind == "online",
+      online=reference_kind(config) == "online",
       bridge=bridge,
       step=step,
     )

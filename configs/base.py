@@ -72,7 +72,11 @@ def get_config() -> ConfigDict:
 
   config.objective = ConfigDict()
   config.objective.name = "ica"  # "ica": π(y|x,P); "pba": π(y|x,P̃)
-  config.objective.beta = 0.1  # DPO's β, per nat
+  # "sigmoid": DPO; "ipo"; "hinge"; "simpo", without a reference (objectives/losses.py).
+  config.objective.loss = "sigmoid"
+  config.objective.beta = 0.1  # β, per nat; of "simpo" the rewards' scale, usually 2 or more
+  config.objective.label_smoothing = 0.0  # of "sigmoid": share of labels taken to be wrong
+  config.objective.target_margin = 0.0  # γ of "simpo", in units of its rewards
 
   # What stands between persona and response in PBA.
   config.bridge = ConfigDict()

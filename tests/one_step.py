@@ -18,6 +18,7 @@ from alignx_jax.data.rows import Regions, Tokenised, TokenisedPart, lay_out, sta
 from alignx_jax.models.bridge import add_bridge
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.presets import get_architecture
+from alignx_jax.objectives.losses import PreferenceLoss
 from alignx_jax.objectives.pba import BridgeObjective
 from alignx_jax.personas.prompts import PART_KINDS
 from alignx_jax.training import hosts, steps
@@ -104,7 +105,13 @@ def one_step(sizes, *, bridged: bool) -> dict[str, np.ndarray]:
   sharding = programs.rows.tokens_BL.sharding
   own = hosts.own_rows(sharding, ROWS)
   rows = hosts.to_devices(jax.tree.map(lambda x: x[own], make_rows(bridged)), sharding, ROWS)
-  options = {"beta": 0.1, "chunk": 8, "accumulation": 1, "online": False, "bridge": bridge}
+  options = {
+    "loss": PreferenceLoss(),
+    "chunk": 8,
+    "accumulation": 1,
+    "online": False,
+    "bridge": bridge,
+  }
 
   def gradient(params, rows):
     found = steps.mean_gradient(params, nnx.State({}), rows, graph=nnx.graphdef(model), **options)

@@ -8,8 +8,12 @@ from flax import nnx
 
 from alignx_jax.data.rows import Regions
 from alignx_jax.models.pretrained import load_decoder
-from alignx_jax.objectives.log_probs import response_log_probs, token_log_probs
-from alignx_jax.objectives.losses import dpo_loss
+from alignx_jax.objectives.log_probs import (
+  response_lengths,
+  response_log_probs,
+  token_log_probs,
+)
+from alignx_jax.objectives.losses import PreferenceLoss
 from tests.packing import pack
 
 NAMES = ("llama31", "smollm2", "qwen25", "mistral")
@@ -49,7 +53,9 @@ def test_packed_dpo_loss_and_gradients(golden):
 
   def loss(params):
     policy_BNE = response_log_probs(nnx.merge(graph, params), rows, chunk=8)
-    (numerator, denominator), _ = dpo_loss(policy_BNE, reference_BNE, rows.weight_BE, beta=beta)
+    lengths_BNE = response_lengths(rows)
+    dpo = PreferenceLoss("sigmoid", beta)
+    (numerator, denominator), _ = dpo(policy_BNE, reference_BNE, lengths_BNE, rows.weight_BE)
     return numerator / denominator, policy_BNE
 
   (value, policy_BNE), gradient = jax.value_and_grad(loss, has_aux=True)(params)

@@ -25,6 +25,7 @@ from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import find_file, load_tokenizer
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.splash import plan
+from alignx_jax.objectives.losses import reference_kind
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.bridge import bridge_objective
 from alignx_jax.training.optimizer import make_optimizer
@@ -50,7 +51,7 @@ def compile_programs(
     examples_per_row: how many a packed row holds on average; 0: config.regions.examples.
     texts: a directory for the compiled programs' texts; None: they are not kept.
   Returns:
-    Reports (report.make_report) of "train", "reference" (unless it is computed online),
+    Reports (report.make_report) of "train", "reference" (if it is computed before),
     "evaluation" and, with a learned bridge, "inference" of P̃; those that do not fit have
     "advice".
   Raises:
@@ -67,7 +68,7 @@ def compile_programs(
   prompts = dataclasses.replace(regions, persona=0, parts=0)
   policy, personas = flops.bridged(regions, dimensions), flops.persona_rows(regions)
   examples_per_row = examples_per_row or regions.examples
-  online = config.reference.kind == "online"
+  reference = reference_kind(config)
 
   def report(name, lower, needed, passes, rows, parts=1, train=False):
     work = Work(
@@ -113,7 +114,12 @@ def compile_programs(
       "train",
       lambda: steps.train.lower(steps.state, steps.frozen, steps.rows),
       flops.train_flops(
-        arch, regions, rows, frozen=config.lora.rank > 0, online=online, bridge=bridge
+        arch,
+        regions,
+        rows,
+        frozen=config.lora.rank > 0,
+        online=reference == "online",
+        bridge=bridge,
       ),
       [policy, personas] if bridge else [policy],
       rows,
@@ -134,11 +140,11 @@ def compile_programs(
       rows,
     )
 
-  if not online:
+  if reference == "cached":
     found["reference"] = score("reference", rows)
   rows = config.eval.rows
   # It is the same program as the reference's if it takes as many rows, and no bridge.
-  same = not bridge and not online and rows == config.train.rows
+  same = not bridge and reference == "cached" and rows == config.train.rows
   found["evaluation"] = (
     found["reference"] | {"program": "evaluation"} if same else score("evaluation", rows, bridge)
   )

@@ -60,6 +60,17 @@ def response_log_probs(model, rows, preferences_BEPK=None, *, chunk: int = 128):
   # that splits B works in every chunk.
   hidden = constrain(hidden_BLD[:, C:], ROWS, None, None).reshape(B * N, R, -1)
   log_probs = token_log_probs(hidden, model.head, rows.targets_BNR.reshape(B * N, R), chunk=chunk)
-  segments_BNR = segments[:, C:].reshape(B, N, R)
-  member_BNRE = segments_BNR[..., None] == jnp.arange(1, E + 1)
+  member_BNRE = _members(segments[:, C:].reshape(B, N, R), E)
   return jnp.sum(jnp.where(member_BNRE, log_probs.reshape(B, N, R)[..., None], 0.0), axis=2)
+
+
+def response_lengths(rows):
+  """Tokens of each response, of which its log-prob is the sum, int32 [B, N, E]; 0 without one."""
+  B, N, R = rows.targets_BNR.shape
+  segments_BNR = rows.segments_BL[:, -N * R :].reshape(B, N, R)
+  return jnp.sum(_members(segments_BNR, rows.weight_BE.shape[-1]), axis=2, dtype=jnp.int32)
+
+
+def _members(segments_BNR, examples):
+  """Which example each response position is of [B, N, R, E]."""
+  return segments_BNR[..., None] == jnp.arange(1, examples + 1)

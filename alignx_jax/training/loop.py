@@ -13,6 +13,7 @@ from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.files import as_path, write_text
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
+from alignx_jax.objectives.losses import reference_kind
 from alignx_jax.training import hosts
 from alignx_jax.training.bridge import SPACE, bridge_objective, label_sample
 from alignx_jax.training.checkpoints import (
@@ -54,7 +55,7 @@ def train(
   evaluate: Callable[[nnx.State], float] | None = None,
   ideal_seconds: float | None = None,
 ) -> TrainResult:
-  """Trains `model` on the loader's stream with the DPO loss; resumes what it finds.
+  """Trains `model` on the loader's stream with a preference loss; resumes what it finds.
 
   Args:
     config: configs/base.py's; read here are `bridge`, `eval.every`, `objective`, `optimizer`,
@@ -99,7 +100,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
   check = lambda run: check_config(config, run["config"], str(workdir), run_key)
   checkpoints.check_newest(check)  # before the reference is paid for
   directory = config.reference.directory or workdir / "reference"
-  if config.reference.kind == "cached":
+  if reference_kind(config) == "cached":
     loader.reference = cached_reference(log_probs, loader, directory, weights)
   own = log_probs.own
   steps = config.train.steps

@@ -19,8 +19,8 @@ from alignx_jax.data.rows import Personas, Regions, Rows
 from alignx_jax.models.bridge import infer
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable, without_lora
-from alignx_jax.objectives.log_probs import response_log_probs
-from alignx_jax.objectives.losses import dpo_loss
+from alignx_jax.objectives.log_probs import response_lengths, response_log_probs
+from alignx_jax.objectives.losses import PreferenceLoss, reference_kind
 from alignx_jax.objectives.pba import BridgeObjective, bridged_log_probs, only_rows
 from alignx_jax.training import mesh as meshes
 
@@ -74,7 +74,7 @@ def make_steps(
   """
   shapes = param_shapes(model, mesh)
   trained, frozen = split_trainable(shapes, bridge_alone=config.bridge.alone)
-  online = config.reference.kind == "online"
+  online = reference_kind(config) == "online"
 
   def init(params):
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(as_float32(params)))
@@ -86,7 +86,7 @@ def make_steps(
     train_step,
     graph=nnx.graphdef(model),
     optimizer=optimizer,
-    beta=config.objective.beta,
+    loss=PreferenceLoss.of(config.objective),
     chunk=config.train.head_chunk,
     accumulation=config.train.accumulation,
     online=online,
@@ -220,7 +220,7 @@ def train_step(
   *,
   graph,
   optimizer: optax.GradientTransformation,
-  beta: float,
+  loss: PreferenceLoss,
   chunk: int,
   accumulation: int,
   online: bool,
@@ -235,7 +235,7 @@ def train_step(
     frozen,
     rows,
     graph=graph,
-    beta=beta,
+    loss=loss,
     chunk=chunk,
     accumulation=accumulation,
     online=online,
@@ -259,7 +259,7 @@ def train_step(
 
 
 def mean_gradient(
-  params, frozen, rows, *, graph, beta, chunk, accumulation, online, bridge=None, step=0
+  params, frozen, rows, *, graph, loss, chunk, accumulation, online, bridge=None, step=0
 ):
   """Gradient of the mean loss, float32, on `accumulation` equal parts of the rows.
 
@@ -267,6 +267,7 @@ def mean_gradient(
   the result is that of the whole batch however the examples fall on the parts.
 
   Args:
+    loss: of the log-probs.
     online: take the reference's log-probs from the policy without its adapter, not from the
       rows.
     bridge: how a learned bridge is trained, if the model has one; `step` is for it.
@@ -287,7 +288,8 @@ def mean_gradient(
       policy_BNE = response_log_probs(model(params), part, chunk=chunk)
     else:
       policy_BNE, *labels = bridged_log_probs(model(params), part, bridge, step, chunk=chunk)
-    (numerator, _), metrics = dpo_loss(policy_BNE, reference_BNE, part.weight_BE, beta=beta)
+    lengths_BNE = response_lengths(part)
+    (numerator, _), metrics = loss(policy_BNE, reference_BNE, lengths_BNE, part.weight_BE)
     if bridge is not None:
       numerator += bridge.label_weight * jnp.sum(labels[0])
     used = [part.segments_BL] + ([part.personas.parts_BU] if part.personas else [])
