@@ -10,6 +10,7 @@ EXTRAS = {
   "gguf": ["gguf>=0.17,<1"],
   # Later sentencepiece needs a protobuf that TensorFlow does not go with.
   "seqio": ["seqio>=0.0.20,<0.1", "sentencepiece>=0.2,<0.2.2"],
+  "sweep": ["pyarrow>=17", "ray>=2.55,<3"],
   # The one that jax 0.10.2 is built with.
   "tpu": ["libtpu>=0.0.42,<0.0.43"],
 }
@@ -17,6 +18,7 @@ EXTRAS["test"] = [
   *EXTRAS["beam"],
   *EXTRAS["gguf"],
   *EXTRAS["seqio"],
+  *EXTRAS["sweep"],
   *EXTRAS["tpu"],
   "hypothesis>=6.100",
   "pytest>=8",

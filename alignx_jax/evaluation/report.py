@@ -47,43 +47,47 @@ def write_report(
     f"<div><h3>{kind.capitalize()}</h3>{_definitions(meanings)}</div>"
     for kind, meanings in LEGEND.items()
   )
-  drawn = "".join(_section(heading, html) for heading, html in pictures)
+  drawn = "".join(section(heading, html) for heading, html in pictures)
   extra = drawn + "".join(
-    _section(heading, "".join(f"<p>{escape(text)}</p>" for text in paragraphs))
+    section(heading, "".join(f"<p>{escape(text)}</p>" for text in paragraphs))
     for heading, paragraphs in sections
   )
   reproduce = f"<pre>{escape(command)}</pre>{_definitions(versions)}"
   details = f"<details><summary>Show</summary><pre>{escape(config)}</pre></details>"
-  write_text(
-    path,
-    f"""<!DOCTYPE html>
+  body = f"""<div class="pair">
+{section("Alignment accuracy", _html_table(results))}
+{section("The same, drawn", accuracy_bars(results))}
+</div>
+{section("What the words mean", f'<div class="panels">{legend}</div>')}
+{section("Training", training_curves(curves))}
+{extra}
+{section("Reproduce", reproduce)}
+{section("Config", details)}"""
+  write_text(path, page(title, summary, body))
+
+
+def page(title, summary, body, *, css=CSS):
+  """A whole HTML page that opens offline, of HTML that has been escaped."""
+  return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{escape(title)}</title>
-<style>{CSS}</style>
+<style>{css}</style>
 </head>
 <body><main>
 <h1>{escape(title)}</h1>
 <p class="summary">{escape(summary)}</p>
-<div class="pair">
-{_section("Alignment accuracy", _html_table(results))}
-{_section("The same, drawn", accuracy_bars(results))}
-</div>
-{_section("What the words mean", f'<div class="panels">{legend}</div>')}
-{_section("Training", training_curves(curves))}
-{extra}
-{_section("Reproduce", reproduce)}
-{_section("Config", details)}
+{body}
 </main></body>
 </html>
-""",
-  )
+"""
 
 
-def _section(heading, body):
+def section(heading, body):
+  """A card of a page."""
   return f"<section><h2>{escape(heading)}</h2>{body}</section>"
 
 

@@ -4,7 +4,9 @@ The file's name is a hash of everything that the numbers depend on, so every run
 sweep that shares them shares the file, and none can take another's.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import os
 import zipfile
@@ -150,9 +152,24 @@ def cached_reference(log_probs: LogProbs, loader: Loader, directory, weights: st
   path = epath.Path(directory) / f"reference_{key}.npz"
   scores = _read(path, _load_scores)
   if scores is None:
-    scores = score_stream(log_probs, loader, describe="reference")
-    _write(path, lambda file: np.savez(file, scores=scores))
+    with _alone(path):
+      scores = _read(path, _load_scores)  # by a run that shares the directory
+      if scores is None:
+        scores = score_stream(log_probs, loader, describe="reference")
+        _write(path, lambda file: np.savez(file, scores=scores))
   return scores
+
+
+@contextlib.contextmanager
+def _alone(path):
+  """Waits while another run on a shared local directory makes the same file."""
+  if not hosts.is_first() or "://" in str(path):
+    yield
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.with_suffix(".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 def _load_scores(path) -> np.ndarray:

@@ -38,13 +38,14 @@ def in_use(workdir):
     yield
     return
   workdir = as_path(workdir)
-  with _leased(workdir) if is_remote(workdir) else _locked(workdir):
+  with _leased(workdir) if is_remote(workdir) else held(workdir):
     yield
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path):
-  path = workdir / "lock"
+def held(workdir: Path):
+  """in_use of a local directory by this process, without asking JAX whether it is the first."""
+  path = Path(workdir) / "lock"
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.open("a+", encoding="utf-8")
