@@ -23,6 +23,7 @@ _COLOURS = """
 @media (prefers-color-scheme: dark) { .q4 { --c: #8ec5ff } .q3 { --c: #4a7fc0 } }
 .trial { stroke: var(--c); stroke-width: 1.6; opacity: .75 } .trial:hover { stroke-width: 4 }
 .dot { fill: var(--soft); opacity: .45 } .mean { fill: var(--ink) }
+.head { paint-order: stroke; stroke: var(--card); stroke-width: 3px }
 .axis { stroke: var(--soft); stroke-width: 1 }
 """
 
@@ -167,7 +168,7 @@ def parallel_coordinates(rows: Sequence[Row]) -> str:
   factors = [*table.varied(rows)]
   if len(table.values_of(rows, table.SEED)) > 1:
     factors.insert(0, table.SEED)
-  axes = [(factor, *_axis(rows, factor)) for factor in factors]
+  axes = [(factor, *_axis(rows, finished, factor)) for factor in factors]
   at, ticks = _scale([row.outcome["accuracy"] for row in finished])
   labels = [(at(x), f"{100 * x:g}") for x in ticks]
   axes.append(("accuracy %", labels, lambda row: at(row.outcome["accuracy"])))
@@ -192,7 +193,7 @@ def parallel_coordinates(rows: Sequence[Row]) -> str:
       level = y + 16 + (14 if len(labels) > 4 and j % 2 else 0)
       parts.append(
         f'<circle class="mean" cx="{x}" cy="{y}" r="2.5"/>'
-        f'<text class="soft {_anchor(x)} halo-text" x="{x}" y="{level}">{escape(text)}</text>'
+        f'<text class="soft {_anchor(x)}" x="{x}" y="{level}">{escape(text)}</text>'
       )
   height = top + gap * (len(axes) - 1) + 36
   key = "".join(
@@ -206,18 +207,22 @@ def parallel_coordinates(rows: Sequence[Row]) -> str:
   )
 
 
-def _axis(rows, factor):
-  """Labels of a factor's axis with their places, and from a row to its place."""
+def _axis(rows, finished, factor):
+  """Labels of a factor's axis with their places, and from a finished row to its place."""
   values = table.values_of(rows, factor)
   if len(values) > MANY and table.are_numbers(values):
     across, _ = _number_axis(values)
     labels = [(across(value), plain(value)) for value in (values[0], values[-1])]
     return labels, lambda row: across(row.trial.factors[factor])
-  places = {
-    plain(value): f"{10 + 80 * i / max(1, len(values) - 1):.2f}%" for i, value in enumerate(values)
-  }
-  labels = [(x, text) for text, x in places.items()]
-  return labels, lambda row: places[plain(row.trial.factors.get(factor))]
+  labels, places = [], {}
+  for i, value in enumerate(values):
+    middle = 10 + 80 * i / max(1, len(values) - 1)
+    labels.append((f"{middle:.2f}%", plain(value)))
+    # Side by side, the worst first, so that a line can be followed.
+    here = [row for row in finished if row.trial.factors.get(factor) == value]
+    for j, row in enumerate(here):
+      places[row.trial.name] = f"{middle + 9 * ((j + 0.5) / len(here) - 0.5):.2f}%"
+  return labels, lambda row: places[row.trial.name]
 
 
 def _anchor(x: str) -> str:

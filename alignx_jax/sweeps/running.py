@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -177,8 +178,9 @@ class _Running:
 
 def _environment(options, workdir: Path, address: str) -> dict[str, str]:
   """Of the workers: compiled programs are shared, and processes of one computer share its CPUs."""
+  programs = os.environ.get("JAX_COMPILATION_CACHE_DIR")
   environment = {
-    "JAX_COMPILATION_CACHE_DIR": str(Path(workdir).absolute() / "cache" / "programs"),
+    "JAX_COMPILATION_CACHE_DIR": programs or str(Path(workdir).absolute() / "cache" / "programs"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "TF_CPP_MIN_LOG_LEVEL": "3",
   }

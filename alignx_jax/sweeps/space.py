@@ -47,16 +47,17 @@ def name_of(values: Mapping[str, Any]) -> str:
   last = {field: field.rpartition(".")[2] for field in values}
   count = collections.Counter(last.values())
   label = lambda field: last[field] if count[last[field]] == 1 else field
-  return ",".join(f"{label(field)}={plain(value)}" for field, value in values.items())
+  text = ",".join(f"{label(field)}={plain(value)}" for field, value in values.items())
+  return re.sub(r"[^A-Za-z0-9._=,+-]+", "_", text)
 
 
 def plain(value: Any) -> str:
-  """A value as short text, which may be part of a name."""
+  """A value as short text."""
   if isinstance(value, (list, tuple)):
     return "+".join(map(plain, value)) or "none"
   if isinstance(value, float):
     return f"{value:.4g}"
-  return re.sub(r"[^\w.+-]+", "_", str(value))
+  return str(value)
 
 
 def grid(axes: Mapping[str, Iterable]) -> Iterator[Overrides]:

@@ -168,10 +168,10 @@ def _interval(values: Sequence[float]) -> Mean | None:
 # ------------------------------------------------------------------ as text
 
 
-HEADINGS = ("setting", "accuracy % [95 % CI]", "shuffled %", "seeds", "")
+HEADINGS = ("setting", "accuracy % [95 % CI]", "shuffled %", "seeds")
 
 
-def text_rows(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
+def text_rows(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
   """A line of cells for each setting, the best first; those without a result last."""
   lines = []
   for label, group in settings(rows).items():
@@ -179,7 +179,8 @@ def text_rows(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
     status = [row.outcome["status"] for row in group if not row.finished]
     note = ", ".join(f"{status.count(kind)} {kind}" for kind in dict.fromkeys(status))
     shuffled = percent(floor.mean) if floor else "–"
-    cells = label, in_percent(mean), shuffled, str(mean.seeds if mean else 0), note
+    seeds = f"{mean.seeds if mean else 0}{f' ({note})' if note else ''}"
+    cells = label, in_percent(mean), shuffled, seeds
     lines.append((-mean.mean if mean else math.inf, cells))
   return [cells for _, cells in sorted(lines, key=lambda line: line[0])]
 
@@ -199,15 +200,11 @@ def percent(share: float) -> str:
 def as_text(rows: Sequence[Row]) -> str:
   """The table that a sweep prints, and why trials failed."""
   lines = [HEADINGS, *text_rows(rows)]
-  used = len(HEADINGS) if any(cells[-1] for cells in lines[1:]) else len(HEADINGS) - 1
-  lines = [cells[:used] for cells in lines]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  rule = tuple(
-    "-" * width if i in (0, 4) else "-" * (width - 1) + ":" for i, width in enumerate(widths)
-  )
+  rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
   lines.insert(1, rule)
   fit = lambda cells: " | ".join(
-    cell.ljust(width) if i in (0, 4) else cell.rjust(width)
+    cell.rjust(width) if i else cell.ljust(width)
     for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
   )
   text = "\n".join(f"| {fit(cells)} |" for cells in lines)
