@@ -69,12 +69,13 @@ def _needed(options) -> dict[str, float]:
   if options.slice:
     from ray.util.tpu import infer_tpu_pod_type_from_topology
 
-    version, _, topology = options.slice.partition(":")
-    if not topology:
+    try:
+      return {f"TPU-{infer_tpu_pod_type_from_topology(*_topology(options))}-head": 1}
+    except ValueError as error:
       raise ValueError(
-        f"config.sweep.slice is {options.slice!r}; set it to a chip and a shape, as 'v6e:4x4'."
-      )
-    return {f"TPU-{infer_tpu_pod_type_from_topology(topology, version)}-head": 1}
+        f"config.sweep.slice is {options.slice!r} ({error}); set it to a chip and a shape, as "
+        "'v6e:4x4'."
+      ) from error
   one = {"CPU": options.cpus, "GPU": options.gpus, "TPU": options.tpus}
   needed = {name: amount * options.hosts for name, amount in one.items() if amount}
   if not needed or options.hosts < 1:
@@ -82,6 +83,12 @@ def _needed(options) -> dict[str, float]:
       "config.sweep gives a trial no resources; set cpus, gpus or tpus above 0, and hosts."
     )
   return needed
+
+
+def _topology(options) -> tuple[str, str]:
+  """Shape and chip of config.sweep.slice, as Ray calls them."""
+  chip, _, shape = options.slice.partition(":")
+  return shape, "v5litepod" if chip == "v5e" else chip
 
 
 class Gang:
@@ -98,8 +105,9 @@ class Gang:
     if options.slice:
       from ray.util.tpu import slice_placement_group
 
-      version, _, topology = options.slice.partition(":")
-      self._slice = slice_placement_group(topology, version)
+      self._slice = slice_placement_group(
+        *_topology(options), chips_per_vm=int(options.tpus) or None
+      )
       hosts, amounts = self._slice.num_hosts, dict(self._slice.bundle_resources)
       group = self._slice.placement_group
     elif hosts > 1:
@@ -115,7 +123,7 @@ class Gang:
         num_gpus=amounts.get("GPU", 0),
         resources=resources,
         scheduling_strategy=strategy(i),
-      ).remote(environment)
+      ).remote(environment, os.getcwd())
       for i in range(hosts)
     ]
     self._places = [worker.place.remote() for worker in self._workers]

@@ -13,6 +13,7 @@ def sweep_options() -> ConfigDict:
   # Processes of a trial, each on resources of its own; they act as one (training/hosts.py).
   options.hosts = 1
   # A TPU slice for each trial, such as "v6e:4x4": a process on each of its hosts; empty: none.
+  # Where hosts of such a slice may have different numbers of chips, `tpus` says which.
   options.slice = ""
   options.retries = 1  # of a trial that failed, from its checkpoint on
   # Successive halving: at eval.every · halving^k steps only the best 1/halving of the trials that

@@ -23,7 +23,6 @@ _COLOURS = """
 @media (prefers-color-scheme: dark) { .q4 { --c: #8ec5ff } .q3 { --c: #4a7fc0 } }
 .trial { stroke: var(--c); stroke-width: 1.6; opacity: .75 } .trial:hover { stroke-width: 4 }
 .dot { fill: var(--soft); opacity: .45 } .mean { fill: var(--ink) }
-.head { paint-order: stroke; stroke: var(--card); stroke-width: 3px }
 .axis { stroke: var(--soft); stroke-width: 1 }
 """
 

@@ -59,7 +59,9 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     ("factor.", [row.trial.factors for row in rows]),
   ):
     for field in dict.fromkeys(field for one in values for field in one):
-      if prefix and all(row.trial.overrides.get(field) == row.trial.factors[field] for row in rows):
+      if prefix and all(
+        row.trial.overrides.get(field) == row.trial.factors.get(field) for row in rows
+      ):
         continue
       columns[prefix + field] = _one_type([one.get(field) for one in values])
   for name in _NUMBERS:

@@ -1,7 +1,10 @@
 """One trial of a sweep: trained, evaluated, told as a row of plain values."""
 
+import contextlib
 import dataclasses
+import fcntl
 import math
+import time
 from pathlib import Path
 
 from flax import nnx
@@ -40,6 +43,8 @@ def run_trial(trial: Planned, control=None) -> dict:
     StoppedEarly: as an outcome, with the "validation_accuracy" so far.
   """
   config, workdir = trial.config, trial.workdir
+  if hosts.is_first():
+    _wait_until_free(workdir / "lock")
   experiment = told_by(experiments.load_experiment(config))
   evaluate = None
   if config.eval.every:
@@ -102,6 +107,16 @@ def shown(config) -> HistoryPolicy:
   """What of a persona a trial is evaluated with."""
   history = HistoryPolicy(**config.history)
   return dataclasses.replace(history, policy="all") if history.policy == "release" else history
+
+
+def _wait_until_free(path: Path, seconds: float = 60) -> None:
+  """Until the process of a sweep that was killed, and which ends by itself, lets go of a trial."""
+  deadline = time.monotonic() + seconds
+  while path.exists() and time.monotonic() < deadline:
+    with path.open("a") as lock, contextlib.suppress(BlockingIOError):
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return
+    time.sleep(0.5)
 
 
 def _steps_done(workdir: Path) -> int:

@@ -20,8 +20,10 @@ class Worker:
   if no trial can be run in such a process.
   """
 
-  def __init__(self, environment: dict[str, str]):
+  def __init__(self, environment: dict[str, str], folder: str):
     os.environ.update(environment)
+    with contextlib.suppress(OSError):
+      os.chdir(folder)  # which paths in configs may be relative to
     self._connected = False
 
   def place(self) -> dict:
