@@ -70,7 +70,10 @@ def _needed(options) -> dict[str, float]:
     from ray.util.tpu import infer_tpu_pod_type_from_topology
 
     try:
-      return {f"TPU-{infer_tpu_pod_type_from_topology(*_topology(options))}-head": 1}
+      kind = infer_tpu_pod_type_from_topology(*_topology(options))
+      if kind is None:
+        raise ValueError("no shape")
+      return {f"TPU-{kind}-head": 1}
     except ValueError as error:
       raise ValueError(
         f"config.sweep.slice is {options.slice!r} ({error}); set it to a chip and a shape, as "

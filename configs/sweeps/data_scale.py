@@ -8,7 +8,7 @@ Expect both to rise, ICA for longer: it has to learn to read personas.
 from alignx_jax.sweeps.space import grid, trial
 from configs.sweeps import small
 
-RECORDS = (150, 300, 600, 1200, 2400)
+RECORDS = (80, 160, 320, 640, 1280)
 
 
 def get_config():

@@ -6,7 +6,7 @@ ICA reads the persona; PBA reads P̃, averaged from labels and told as text, or 
 head without labels. Each is trained and tested with comments (UGC), compared pairs (PAIR), the
 description (DEMO) or all of them. A description has no labels to average, so in its place ICA is
 tried on UGC and PAIR, which is all that PBA as text sees. Expect PBA as text first, ICA next, and
-more kinds to be better than one; with 600 users the head has not learned, and is near chance.
+more kinds to be better than one; with 320 users the head has not learned, and is near chance.
 """
 
 from alignx_jax.sweeps.space import cross, grid, trial

@@ -13,9 +13,10 @@ def get_config():
   with config.unlocked():
     del config.study
     config.sweep = sweep_options()
-  config.data.train_records = 600
+  config.data.train_records = 320
   config.data.validation_records = 50
-  config.data.test_records = 200
+  config.data.test_records = 160
+  config.train.rows = 2  # more steps than the study has with as many users
   config.train.checkpoint_every = 50
   config.train.log_every = 5
   config.eval.protocols = ("matched",)
