@@ -67,6 +67,20 @@ def test_commands_on_a_real_model(tmp_path, smollm2_path):
   assert changed == len(jax.tree.leaves(trained))
 
 
+@pytest.mark.slow
+def test_the_command_that_sweeps(tmp_path):
+  (command,) = [command for command in COMMANDS if "alignx_jax.sweep" in command]
+  small = {"data.train_records": 8, "data.test_records": 4, "data.validation_records": 4}
+  flags = [f"--config.{name}={value}" for name, value in (small | {"train.steps": 1}).items()]
+  arguments = shlex.split(command.replace("runs/", f"{tmp_path}/")) + flags
+  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+  assert done.returncode == 0, done.stderr[-3000:]
+  table = pq.read_table(tmp_path / "ablation" / "sweep.parquet").to_pylist()
+  assert [row["status"] for row in table] == ["finished"] * 36
+  assert done.stdout.count("| method ") == 12
+  assert (tmp_path / "ablation" / "sweep.html").exists()
+
+
 def test_commands_that_prepare_data(tmp_path):
   commands = [command for command in COMMANDS if "prepare_data" in command]
   assert len(commands) == 2

@@ -95,7 +95,10 @@ def _topology(options) -> tuple[str, str]:
 
 
 class Gang:
-  """The processes that a trial runs on, one a host; they stay for the next trial."""
+  """The processes that a trial runs on, one a host; they stay for the next trial.
+
+  Raises TimeoutError where a slice is not to be had for long.
+  """
 
   def __init__(self, options, environment: dict[str, str]):
     import ray

@@ -71,7 +71,7 @@ def run_trials(plan: list[Planned], options, workdir: Path, *, address: str = ""
   if not left:
     return
   done = len(plan) - len(left)
-  with _interrupted_by_sigterm(), cluster.started(address):
+  with cluster.started(address), _interrupted_by_sigterm():  # Ray takes signals for itself
     sweep = _Running(options, Path(workdir), _environment(options, workdir, address), left)
     with tqdm(total=len(plan), initial=done, desc="trials", unit="trial", smoothing=0) as bar:
       for trial, outcome in sweep.outcomes():
@@ -121,11 +121,16 @@ class _Running:
       with contextlib.suppress(ValueError):  # a node has gone: what runs goes on
         self._most = cluster.fitting(self._options)  # or some have come
     while self._left and (self._idle or self._gangs < self._most):
-      trial, attempts = self._left.popleft()
       if not self._idle:
-        self._idle.append(cluster.Gang(self._options, self._environment))
+        try:
+          self._idle.append(cluster.Gang(self._options, self._environment))
+        except TimeoutError:  # others have the slices
+          if not self._jobs:
+            raise
+          return
         self._gangs += 1
       gang = self._idle.pop()
+      trial, attempts = self._left.popleft()
       self._jobs.append(_Job(trial, attempts, gang, gang.run(trial, self._control)))
 
   def _take(self, job, ref):
