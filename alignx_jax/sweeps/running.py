@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,12 +172,10 @@ class _Running:
 
     for job in self._jobs:
       job.gang.interrupt()
-    deadline = time.monotonic() + SAVING_SECONDS
     references = [ref for job in self._jobs for ref in job.left]
     with contextlib.suppress(KeyboardInterrupt):  # a second one acts at once
-      ray.wait(
-        references, num_returns=len(references), timeout=max(0.0, deadline - time.monotonic())
-      )
+      if references:
+        ray.wait(references, num_returns=len(references), timeout=SAVING_SECONDS)
 
 
 def _environment(options, workdir: Path, address: str) -> dict[str, str]:

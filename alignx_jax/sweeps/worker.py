@@ -13,12 +13,7 @@ from pathlib import Path
 
 
 class Worker:
-  """One process of a trial; as a Ray actor. Its trials share what JAX has compiled.
-
-  Attributes (of what `run` gives): "status", "finished", "stopped" by halving, "interrupted" or
-  "failed", then with a "reason", with "again" if it may go better next time, and with "broken"
-  if no trial can be run in such a process.
-  """
+  """One process of a trial; as a Ray actor. Its trials share what JAX has compiled."""
 
   def __init__(self, environment: dict[str, str], folder: str):
     os.environ.update(environment)
@@ -47,6 +42,10 @@ class Worker:
       trial: plan.Planned.
       control: the actor that knows of halving, if any.
       coordinator: of several processes that act as one, `count` of them.
+    Returns:
+      An outcome: "status", which is "finished" or "stopped" by halving (see trial.run_trial),
+      "interrupted", or "failed", which have a "reason"; with "again" it may go better next time,
+      with "broken" no trial can be run in such a process.
     """
     started = time.time()
     try:
