@@ -43,6 +43,8 @@ def _parse(argv):
   try:
     return app.parse_flags_with_usage(argv)
   except AttributeError as error:  # a locked config has no such field
+    if "get_config" in str(error):
+      sys.exit("Error: the file has no get_config(); write one, as those in configs/ do.")
     reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else str(error)
     reason = " ".join(reason.split())
     sys.exit(f"Error: no such config field: {reason} (All fields are in configs/base.py.)")

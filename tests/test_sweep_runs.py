@@ -86,7 +86,7 @@ def test_trials_share_a_reference_failures_are_told_and_nothing_is_repeated(swee
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "ask"])
 def test_a_sweep_cut_off_in_the_middle_goes_on_and_repeats_nothing(sweep, how):
   trials = {f"t{i}": {"seed": i, "train.checkpoint_every": 1} for i in range(4)}
   flags = ["--config.train.steps=6", "--config.sweep.cpus=2"]

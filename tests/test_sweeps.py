@@ -113,11 +113,16 @@ def test_trials_that_cannot_be(tmp_path, trials, said):
 def test_a_trial_that_was_run_with_another_config(tmp_path):
   before = _planned(tmp_path, [("a", {"seed": 1}), ("b", {"seed": 2})])
   plan.save_plan(before, tmp_path)
+  changed = _planned(tmp_path, [("b", {"seed": 5})])
+  plan.check_unchanged(changed, tmp_path)  # it has not been run yet
+  for trial in before:
+    trial.workdir.mkdir(parents=True)
   plan.check_unchanged(before, tmp_path)
   plan.check_unchanged(_planned(tmp_path, [("c", {"seed": 3})]), tmp_path)
   with pytest.raises(ValueError, match="'b' in .*: seed was 2 and is 5. Use another --workdir, or"):
-    plan.check_unchanged(_planned(tmp_path, [("b", {"seed": 5})]), tmp_path)
-  assert plan.save_plan(_planned(tmp_path, [("c", {"seed": 3})]), tmp_path) == ["a", "b"]
+    plan.check_unchanged(changed, tmp_path)
+  (tmp_path / "trials" / "a").mkdir(parents=True)
+  assert plan.save_plan(_planned(tmp_path, [("c", {"seed": 3})]), tmp_path) == ["a"]
 
 
 def test_a_trial_shares_the_sweeps_reference_and_nothing_of_its_options(tmp_path):

@@ -151,7 +151,7 @@ def check_unchanged(plan: list[Planned], workdir: Path) -> None:
   for trial in plan:
     old = before.get(trial.name)
     now = _flat(trial.config)
-    if old is None or old == now:
+    if old is None or old == now or not trial.workdir.exists():
       continue
     changed = "; ".join(
       f"{field} was {old.get(field)!r} and is {now.get(field)!r}"
@@ -160,7 +160,7 @@ def check_unchanged(plan: list[Planned], workdir: Path) -> None:
     )
     raise ValueError(
       f"Trial {trial.name!r} in {workdir} was run with another config: {changed}. Use another "
-      f"--workdir, or remove {trial.workdir} and its entry in {path} to run it anew."
+      f"--workdir, or remove {trial.workdir} to run it anew."
     )
 
 
@@ -168,13 +168,14 @@ def save_plan(plan: list[Planned], workdir: Path) -> list[str]:
   """Writes sweep.json: the config of each trial there ever was in a workdir.
 
   Returns:
-    Names of those that are no part of the plan any more.
+    Names of those that have been run and are no part of the plan any more.
   """
   path = Path(workdir) / "sweep.json"
   before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
   now = {trial.name: _flat(trial.config) for trial in plan}
   write_text(path, json.dumps(before | now, indent=1) + "\n")
-  return sorted(before.keys() - now.keys())
+  others = before.keys() - now.keys()
+  return sorted(name for name in others if (path.parent / "trials" / name).exists())
 
 
 def _flat(config) -> dict:
