@@ -165,9 +165,3 @@ def test_each_trial_has_a_slice_of_its_own():
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr[-3000:]
   assert sorted(done.stdout.splitlines()) == ["slice0 slice0", "slice1 slice1"]
-
-
-@pytest.mark.parametrize("slice", ["v6e", "v9x:4x4"])
-def test_a_slice_that_there_is_not(sweep, slice):
-  code, _, error = sweep({"a": {}}, f"--config.sweep.slice={slice}")
-  assert code == 1 and "set it to a chip and a shape, as 'v6e:4x4'" in error

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from alignx_jax.sweeps import pictures, plan, space, table
+from alignx_jax.sweeps import cluster, pictures, plan, space, table
 from alignx_jax.sweeps.halving import Halving
 from alignx_jax.sweeps.options import sweep_options
 from configs import base
@@ -132,6 +132,25 @@ def test_a_trial_shares_the_sweeps_reference_and_nothing_of_its_options(tmp_path
   config = _config()
   config.reference.directory = "elsewhere"
   assert _planned(tmp_path, [("a", {})], config)[0].config.reference.directory == "elsewhere"
+
+
+@pytest.mark.parametrize("slice", ["v6e", "v9x:4x4"])
+def test_a_slice_that_there_is_not(slice):
+  options = sweep_options()
+  options.slice = slice
+  with pytest.raises(ValueError, match="set it to a chip and a shape, as 'v6e:4x4'"):
+    cluster._needed(options)
+
+
+def test_what_a_trial_needs_of_a_cluster():
+  options = sweep_options()
+  options.update(cpus=2.0, tpus=4.0, hosts=3)
+  assert cluster._needed(options) == {"CPU": 6, "TPU": 12}
+  options.slice = "v5e:4x4"
+  assert cluster._needed(options) == {"TPU-v5litepod-16-head": 1}
+  options.update(slice="", cpus=0.0, tpus=0.0)
+  with pytest.raises(ValueError, match="no resources; set cpus, gpus or tpus above 0"):
+    cluster._needed(options)
 
 
 # ------------------------------------------------------------------ halving
