@@ -77,10 +77,9 @@ def main():
     for _ in range(args.rounds):
       for way in ways:
         found[way].append(seconds(way))
+        print(f"{way:<22} {found[way][-1]:7.1f} s for {args.trials} trials", flush=True)
   result = {way: statistics.median(each) for way, each in found.items()}
   result["loss"] = result["sweep, one at once"] / result["loop"] - 1
-  for way in ways:
-    print(f"{way:<22} {result[way]:7.1f} s for {args.trials} trials")
   print(f"{'lost to scheduling':<22} {100 * result['loss']:7.1f} %")
   if args.output:
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
