@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from alignx_jax.config_checks import check_names
-from alignx_jax.files import write_text
+from alignx_jax.files import is_remote, write_text
 from alignx_jax.sweeps.space import Trial
 
 _NAME = re.compile(r"[A-Za-z0-9._=,+-]{1,120}")
@@ -44,6 +44,10 @@ def make_plan(path: str | Path, config: ConfigDict, workdir: Path) -> list[Plann
     ValueError: the file, a trial or a field is at fault, or the workdir holds another sweep;
       says which and what to do.
   """
+  if is_remote(workdir):
+    raise ValueError(
+      f"--workdir is {workdir}; set it to a folder that all computers of the sweep see."
+    )
   trials = read_sweep(path)
   base = config.copy_and_resolve_references()
   with base.unlocked():
