@@ -1,7 +1,7 @@
 """What a config stands for: model, data and formatting; trained and evaluated."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -66,10 +66,17 @@ class Experiment:
   test: Sequence[Example]
   workdir: Path | None = None
 
-  def with_objective(self, name: str, *, bridge: str = "text") -> "Experiment":
-    """The same base and data under another objective, for PBA with a bridge of this kind."""
+  def with_objective(
+    self, name: str, *, bridge: str = "text", fields: Mapping[str, object] | None = None
+  ) -> "Experiment":
+    """The same base and data under another objective, for PBA with a bridge of this kind.
+
+    Args:
+      fields: of the config that have other values, nested.
+    """
     config = self.config.copy_and_resolve_references()
     config.objective.name, config.bridge.kind = name, bridge
+    config.update(fields or {})
     space, tokenizer = self.formatting.space, self.formatting.tokenizer
     formatting = make_formatting(config, tokenizer, space)
     platform = self.mesh.devices.flat[0].platform

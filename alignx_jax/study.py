@@ -46,10 +46,9 @@ def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
   results = measuring.base_results(experiment, base, ("ica", "pba"))
   curves, policies = {}, {}
   for name, (objective, bridge) in RUNS.items():
+    trained = experiment.with_objective(objective, bridge=bridge, fields=config.study[name])
+    params = experiments.run_training(trained, workdir / name).params
     aligned = experiment.with_objective(objective, bridge=bridge)
-    if bridge == "head":  # whose rows hold more examples
-      aligned.config.train.rows = config.study.head_rows
-    params = experiments.run_training(aligned, workdir / name).params
     policies[name] = measuring.policy_scorer(aligned, params, workdir / name)
     results += measuring.policy_results(aligned, policies[name], base)
     curves[name] = read_metrics(workdir / name)

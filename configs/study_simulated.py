@@ -15,20 +15,40 @@ def get_config():
   config.model.weights = "package:alignx_jax/models/simulated_base"
   config.model.remat = False
   config.data.path = "simulated"
-  config.data.train_records = 6400
+  config.data.train_records = 2800
   config.data.test_records = 600
   config.history.policy = "all"
+  # Evaluated in rows that hold two personas, or three lists of preferences.
   config.regions.context = 640
   config.regions.response = 96
   config.regions.examples = 4
-  # With a learned bridge: three examples to a row of 1,512 tokens.
+  # With a learned bridge: three examples.
   config.regions.prompt = 96
   config.regions.persona = 864
   config.regions.parts = 30
   config.objective.beta = 0.1
   config.optimizer.learning_rate = 5e-4
   config.train.rows = 4
-  config.train.checkpoint_every = 100
+  config.train.checkpoint_every = 200
+  # Trained in shorter rows: attention costs the square of a row, on a CPU more than padding does.
+  one = {"response": 52, "examples": 1}
+  head = {"prompt": 40, "persona": 352, "parts": 10}
+  text_rate, head_rate = {"learning_rate": 1.2e-3}, {"learning_rate": 7e-4}
   with config.unlocked():
-    config.study = ConfigDict({"head_rows": 1})  # train.rows with a learned bridge
+    config.study = ConfigDict(
+      {
+        "ica": {
+          "regions": {"context": 704, "examples": 2},
+          "train": {"rows": 2},
+          "optimizer": text_rate,
+        },
+        "pba": {"regions": {"context": 128} | one, "train": {"rows": 8}, "optimizer": text_rate},
+        "pba_head": {
+          "regions": head | one,
+          "train": {"rows": 4},
+          "optimizer": head_rate,
+          "bridge": {"learning_rate": 4e-3},
+        },
+      }
+    )
   return config

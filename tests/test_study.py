@@ -18,7 +18,8 @@ def finished(tmp_path_factory):
   config.regions.update(context=2048, response=256, examples=2)
   config.regions.update(prompt=256, persona=1536, parts=24)
   config.train.update(rows=2, devices=1)
-  config.study.head_rows = 2
+  with config.unlocked():
+    config.study = {name: {} for name in study.RUNS}
   config.eval.rows = 2
   workdir = tmp_path_factory.mktemp("study")
   return config, workdir, study.run_study(config, workdir, command="python -m alignx_jax.study")
