@@ -1,5 +1,6 @@
 """The README's commands work as they stand there. The first two are run by .ci/run."""
 
+import json
 import os
 import re
 import shlex
@@ -79,6 +80,34 @@ def test_the_command_that_sweeps(tmp_path):
   assert [row["status"] for row in table] == ["finished"] * 36
   assert done.stdout.count("| method ") == 12
   assert (tmp_path / "ablation" / "sweep.html").exists()
+
+
+@pytest.mark.slow
+def test_commands_that_generate(tmp_path):
+  commands = [shlex.split(command) for command in COMMANDS if "alignx_jax.generate" in command]
+  assert len(commands) == 2
+  config = "--config=configs/study_simulated.py"
+  small = [f"--{name}={value}" for name, value in SMALL.items()]
+  run = ["python", "-m", "alignx_jax.train", config, f"--workdir={tmp_path}/study/ica", *small]
+  subprocess.run(run, cwd=ROOT, capture_output=True, timeout=600, check=True)
+  persona = {"Demographic Information": "Someone who likes music."}
+  request = {"prompt": "A free evening?", "judge": persona} | persona
+  (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n", encoding="utf-8")
+  told = []
+  for command in commands:
+    assert command[3] == config
+    arguments = [a.replace("runs/", f"{tmp_path}/") for a in command]
+    arguments = [a.replace("=requests", f"={tmp_path}/requests") for a in arguments]
+    arguments = [a.replace("=answers", f"={tmp_path}/answers") for a in arguments]
+    done = subprocess.run(
+      arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, input="Tea?\n"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told.append(done.stdout)
+  assert all("conditioned on: persona" in text for text in told)
+  assert "1 answered, 0 answered before, 0 refused" in told[1]
+  answer = json.loads((tmp_path / "answers.jsonl").read_text(encoding="utf-8"))
+  assert answer["passes_per_token"] >= 1
 
 
 def test_commands_that_prepare_data(tmp_path):

@@ -3,17 +3,21 @@
 pip install torch transformers peft && pytest -m slow tests/test_transformers.py
 """
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from alignx_jax.data.tokenizers import load_tokenizer
+from alignx_jax.inference.decoding import Generator
+from alignx_jax.inference.prompts import Prompt, Sampling
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import add_lora, merge_lora
 from alignx_jax.models.peft import factors_of, load_adapter, save_adapter
 from alignx_jax.models.presets import PRESETS
 from alignx_jax.models.pretrained import load_decoder, save_decoder
 from alignx_jax.models.tokenizer_files import write_tokenizer_files
+from alignx_jax.training import mesh as meshes
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +66,29 @@ def test_a_saved_golden_gives_its_logits(torch, transformers, goldens, tmp_path,
   tokens = np.concatenate([expected["context"], expected["chosen"]])[None]
   logits = _logits(torch, model, tokens)[0]
   np.testing.assert_allclose(logits, expected["logits_context_chosen"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama31", "smollm2", "qwen25", "mistral"])
+def test_greedy_responses_are_those_of_generate(torch, transformers, goldens, name):
+  directory = goldens / "hf_goldens" / name
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
+  ours = load_decoder(directory)
+  mesh = meshes.make_mesh(None, jax.devices()[:1])
+  generator = Generator.of(ours, nnx.state(ours), mesh, stop_ids=(), rows=2)
+  ids = np.load(directory / "golden.npz")["context"].tolist()
+  greedy = Sampling(temperature=0.0, max_new_tokens=24)
+  prompts = [Prompt(ids, greedy), Prompt(ids[: len(ids) // 2], greedy)]
+  for i, answer in generator.generate(prompts):
+    tokens = torch.tensor([prompts[i].ids])
+    expected = theirs.generate(
+      tokens,
+      attention_mask=torch.ones_like(tokens),
+      do_sample=False,
+      max_new_tokens=24,
+      eos_token_id=None,
+      pad_token_id=0,
+    )
+    assert answer.ids == expected[0, tokens.shape[1] :].tolist()
 
 
 def test_a_saved_preset_with_every_kind_of_parameter_gives_our_logits(

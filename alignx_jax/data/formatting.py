@@ -170,7 +170,7 @@ def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Toke
     return _tokenise_for_bridge(example, formatting, persona, responses)
   condition = condition_of(example, persona, formatting)
   for dropped in range(len(persona.history) + 1):
-    ids = _prompt_ids(example.post, formatting, **condition)
+    ids = prompt_ids(example.post, formatting, **condition)
     # The last token of the context moves to the responses.
     if len(ids) - 1 <= regions.context:
       return Tokenised(ids, *responses, dropped)
@@ -181,7 +181,8 @@ def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Toke
   raise Refused("context longer than its region")
 
 
-def _prompt_ids(post: str, formatting: Formatting, **condition) -> list[int]:
+def prompt_ids(post: str, formatting: Formatting, **condition) -> list[int]:
+  """Token ids before a response; `condition` is what condition_of gives."""
   pieces = render_prompt(post, chat=formatting.chat, prompt=formatting.prompt, **condition)
   begin = [formatting.tokenizer.bos_id] if formatting.bos else []
   return begin + formatting.tokenizer.encode_pieces(pieces)
@@ -190,7 +191,7 @@ def _prompt_ids(post: str, formatting: Formatting, **condition) -> list[int]:
 def _tokenise_for_bridge(example, formatting, persona, responses) -> Tokenised:
   """The prompt without the persona; the persona's parts by themselves, if they have a region."""
   regions = formatting.regions
-  ids = _prompt_ids(example.post, formatting)
+  ids = prompt_ids(example.post, formatting)
   if len(ids) - 1 > regions.context:
     raise Refused("prompt longer than its region")
   if not regions.persona:
