@@ -5,6 +5,7 @@
 The same command again resumes. Prints two tables; writes them as JSON, and report.html.
 """
 
+import dataclasses
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -62,11 +63,7 @@ def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
   )
   results += measuring.told_results("pba", policies["pba"], base, told)
 
-  for acts in ACTS:
-    history = HistoryPolicy("fixed", acts)
-    few = measuring.bridge_scorer(aligned, params, workdir / "pba_head", history=history)
-    results += measuring.few_acts_results("ica", policies["ica"], base, acts)
-    results += measuring.few_acts_results("pba_head", few, base, acts)
+  results += _few_acts(aligned, params, workdir / "pba_head", policies["ica"], base)
 
   write_results(workdir / "results.json", results)
   write_picture(workdir / "accuracy.svg", results)
@@ -102,6 +99,23 @@ def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
     sections=[_one_user(experiment)] if config.data.path == "simulated" else [],
     pictures=pictures,
   )
+  return results
+
+
+def _few_acts(head, params, workdir, ica, base) -> list[dict]:
+  """What ICA and the learned bridge come to where little is known of each user."""
+  from alignx_jax import measuring
+
+  few = head.test[: head.config.study.few_acts_pairs]
+  ica, base = (dataclasses.replace(scorer, examples=few) for scorer in (ica, base))
+  results = []
+  for acts in ACTS:
+    known = HistoryPolicy("fixed", acts)
+    bridge = measuring.bridge_scorer(
+      dataclasses.replace(head, test=few), params, workdir, history=known
+    )
+    results += measuring.few_acts_results("ica", ica, base, acts)
+    results += measuring.few_acts_results("pba_head", bridge, base, acts)
   return results
 
 

@@ -36,6 +36,8 @@ def get_config():
   with config.unlocked():
     config.study = ConfigDict(
       {
+        # Of the test pairs, those on which is measured what a policy makes of few acts.
+        "few_acts_pairs": 300,
         "ica": {
           "regions": {"context": 704, "examples": 2},
           "train": {"rows": 2},

@@ -3,12 +3,27 @@
 import contextlib
 import importlib.util
 import os
+import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+# Compiling is most of the work: it is done once a program, here and in the processes that tests
+# start, and without what makes larger ones fast.
+_programs = tempfile.TemporaryDirectory(prefix="programs_")
+os.environ |= {
+  "JAX_COMPILATION_CACHE_DIR": _programs.name,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+
+# Started in the background, this and all it starts would ignore what Ctrl-C sends.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 P_SOUPS = Path(__file__).parents[2] / "shared/data/p_soups/friendly_unfriendly.json"
 
@@ -37,26 +52,15 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="module")
-def programs_are_kept(tmp_path_factory):
-  """A module's many runs have the same programs: each is compiled once, in half the time."""
+def optimised():
+  """For tests of what a program costs: it is compiled as for use."""
   import jax
-  from jax.experimental.compilation_cache import compilation_cache
 
-  options = {
-    "jax_disable_most_optimizations": True,
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-  }
-  before = {name: jax.config.values[name] for name in options}
-
-  def switch(values):
-    for name, value in values.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-  switch(options)
-  yield
-  switch(before)
+  jax.config.update("jax_disable_most_optimizations", False)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 class Killed(Exception):

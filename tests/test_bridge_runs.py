@@ -32,8 +32,6 @@ from alignx_jax.training.reference import fingerprint
 from configs import base
 from tests.small_records import small_record
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
-
 
 def _dimension(topic: str) -> Dimension:
   return Dimension("topics", f"Likes {topic}", f"Dislikes {topic}")

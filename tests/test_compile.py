@@ -34,6 +34,8 @@ from alignx_jax.training.mesh import make_mesh
 from configs import base, ica_llama31_8b
 from tests.test_readme import COMMANDS, ROOT
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

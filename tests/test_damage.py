@@ -21,9 +21,6 @@ from tests.small_records import small_config, write_small_records
 ROOT = Path(__file__).parents[1]
 
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
   return write_small_records(tmp_path_factory.mktemp("data") / "records.json")

@@ -24,8 +24,6 @@ from tests.small_generators import (
   some_prompts,
 )
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
-
 
 @pytest.fixture(scope="module")
 def model():

@@ -23,6 +23,8 @@ from alignx_jax.objectives.log_probs import response_log_probs
 from alignx_jax.objectives.pba import BridgeObjective, bridged_log_probs
 from alignx_jax.training.steps import row_shapes
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

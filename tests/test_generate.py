@@ -22,7 +22,6 @@ from alignx_jax.policies import load_policy
 from configs import base
 from tests.small_records import small_record
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
 SHORT = Sampling(max_new_tokens=8)
 SPACE = alignx_space()
 

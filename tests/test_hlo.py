@@ -14,6 +14,8 @@ from alignx_jax.ahead import costs as costs_of
 from alignx_jax.ahead import hlo
 from alignx_jax.ahead.chips import parse_topology
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

@@ -123,7 +123,7 @@ def _config(tmp_path, **objective):
   return config
 
 
-def test_simpo_trains_without_a_reference(tmp_path, programs_are_kept):
+def test_simpo_trains_without_a_reference(tmp_path):
   config = _config(tmp_path, loss="simpo", beta=2.0, target_margin=0.5)
   config.train.steps = 3
   experiments.run_training(experiments.load_experiment(config), tmp_path / "run")

@@ -14,8 +14,6 @@ from alignx_jax.training.metrics import read_metrics
 from tests.processes import run_together
 from tests.small_records import small_config, write_small_records
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

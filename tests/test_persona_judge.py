@@ -18,7 +18,6 @@ from tests.small_generators import (
 )
 from tests.test_sampling import filtered_by_sorting
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
 PAPER = {"temperature": 0.9, "top_k": 20, "top_p": 0.9}
 
 

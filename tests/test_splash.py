@@ -25,6 +25,8 @@ from alignx_jax.models.presets import get_architecture
 from alignx_jax.models.splash import PackedMask, _deal, splash_attention
 from tests.packing import pack
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 # Of two context shards with blocks of 128, each has queries to swap: 300 / 2 > 128.
 REGIONS = Regions(context=210, response=45, examples=4)
 H, K, A = 4, 2, 8

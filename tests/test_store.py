@@ -19,8 +19,6 @@ from alignx_jax.training.run_config import run_config
 from configs import base
 from tests.small_records import small_config, write_small_records
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
-
 
 class Store(MemoryFileSystem):
   """Objects at gs:// in memory, which are written whole or not at all."""

@@ -19,7 +19,7 @@ def finished(tmp_path_factory):
   config.regions.update(prompt=256, persona=1536, parts=24)
   config.train.update(rows=2, devices=1)
   with config.unlocked():
-    config.study = {name: {} for name in study.RUNS}
+    config.study = {name: {} for name in study.RUNS} | {"few_acts_pairs": 3}
   config.eval.rows = 2
   workdir = tmp_path_factory.mktemp("study")
   return config, workdir, study.run_study(config, workdir, command="python -m alignx_jax.study")
@@ -51,7 +51,7 @@ def test_every_policy_condition_and_protocol_is_measured(finished):
   assert len(found) == len(results)
   for row in results:
     assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
-    assert row["examples"] == 4
+    assert row["examples"] == (3 if row["condition"].endswith("acts") else 4)
 
 
 def test_a_report_pictures_and_all_runs_are_left_behind(finished):
@@ -67,9 +67,14 @@ def test_a_report_pictures_and_all_runs_are_left_behind(finished):
   assert predictors == ["head", "frequencies", "labels averaged", "labels hidden", "majority"]
 
 
-def test_the_same_study_again_gives_the_same_results(finished):
+def test_the_same_study_again_gives_the_same_results_and_may_measure_otherwise(finished):
   config, workdir, results = finished
   assert study.run_study(config, workdir) == results
+  config = config.copy_and_resolve_references()
+  config.study.few_acts_pairs = 2
+  found = study.run_study(config, workdir)
+  full = [row for row in results if not row["condition"].endswith("acts")]
+  assert [row for row in found if row["examples"] > 2] == full
 
 
 def test_the_readme_reads_adds_to_and_steers_a_users_preferences(finished, capsys):

@@ -17,8 +17,6 @@ from alignx_jax.training.metrics import read_metrics
 from configs import base
 from tests.small_records import small_config, small_record, write_small_records
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
-
 
 @pytest.fixture
 def config(tmp_path):
