@@ -109,6 +109,7 @@ def whole():
   return compile_programs(tiny(), parse_topology("v5e:2x2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"tensor": 2}, {"context": 2}])
 def test_heads_and_positions_that_are_split_split_the_work(whole, mesh):
   reports = compile_programs(tiny(**mesh), parse_topology("v5e:2x2"))
@@ -118,6 +119,7 @@ def test_heads_and_positions_that_are_split_split_the_work(whole, mesh):
   assert sum(reports["train"]["kernel_calls"].values()) >= 3 * get_architecture("tiny8").layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{}, {"tensor": 2}, {"context": 2}])
 def test_a_learned_bridge_infers_and_is_read(mesh):
   reports = compile_programs(tiny_bridged(**mesh), parse_topology("v5e:2x2"))
@@ -148,6 +150,7 @@ def test_a_learned_bridge_infers_and_is_read(mesh):
   assert "other_model" in reports["inference"]["memory_gib"]
 
 
+@pytest.mark.slow
 def test_a_bridge_that_is_trained_alone_needs_no_gradients_of_what_it_reads():
   config = tiny_bridged()
   config.bridge.alone = True
@@ -157,6 +160,7 @@ def test_a_bridge_that_is_trained_alone_needs_no_gradients_of_what_it_reads():
   assert backward == ["splash_mha_dq_segmented_no_residuals[768]"]  # not of personas, 384 long
 
 
+@pytest.mark.slow
 def test_slices_exchange_gradients_over_the_data_centre_network():
   config = tiny(replica=2)
   config.train.rows = 16
@@ -167,6 +171,7 @@ def test_slices_exchange_gradients_over_the_data_centre_network():
   assert "2 × v5e:2x2" in table(reports["train"])
 
 
+@pytest.mark.slow
 def test_what_is_too_big_is_told_with_what_would_help():
   config = tiny()
   config.train.rows, config.train.accumulation = 32768, 1

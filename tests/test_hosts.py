@@ -60,6 +60,7 @@ def test_the_data_is_ragged(data):
     assert [len(list(loader.batches(lanes[own]))) for own in ([0, 1], [2, 3])] == [4, 3]
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(tmp_path, data):
   run("train", tmp_path / "one", data, processes=1, devices=4)
   first, second = run("train", tmp_path / "two", data, processes=2, devices=2)

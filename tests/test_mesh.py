@@ -20,7 +20,7 @@ SIZES = {
 TOGETHER = {"ica": [(1, 4, 1, 1)], "pba": [(1, 2, 2, 1)]}
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=["ica", pytest.param("pba", marks=pytest.mark.slow)])
 def steps(request, tmp_path_factory):
   """An objective, and one step of it on each of its SIZES, in a process of eight devices."""
   path = tmp_path_factory.mktemp("steps") / "steps.npz"

@@ -81,6 +81,7 @@ def config():
   )
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(config, tmp_path, killed_at):
   whole = pretraining.pretrain(config, tmp_path / "whole")
 

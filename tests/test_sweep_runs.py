@@ -52,6 +52,7 @@ def _times(workdir):
   return {path.parent.name: path.stat().st_mtime_ns for path in workdir.glob("trials/*/trial.json")}
 
 
+@pytest.mark.slow
 def test_trials_share_a_reference_failures_are_told_and_nothing_is_repeated(sweep):
   trials = {
     "early": {"train.checkpoint_every": 1},

@@ -62,6 +62,7 @@ def _tries(path: Path):
   return (path / "tries").read_text().split()
 
 
+@pytest.mark.slow
 def test_failures_are_tried_again_where_that_may_help_and_the_rest_goes_on(run, tmp_path):
   names = ("fine-0", "dies", "flaky", "once", "wrong", "fine-1")
   found = run(*names, retries=1)
