@@ -308,14 +308,11 @@ def test_a_judge_with_another_vocabulary_is_refused(tmp_path):
     compare(tmp_path, *files, judge="model", config=config)
 
 
-def test_mistakes_are_told_in_one_sentence(tmp_path):
+def test_the_command_prints_a_table_and_what_was_not_paired(tmp_path):
   first, second = simulated_files(tmp_path, 2)
   command = [sys.executable, "-m", "alignx_jax.win_rate", "--config=configs/study_simulated.py"]
   command += [f"--first={first}", f"--second={second}", f"--output={tmp_path / 'o.json'}"]
   run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, timeout=240)
-  done = run("--judge=endpoint")
-  assert done.returncode == 1
-  assert done.stderr.strip().splitlines()[-1].startswith("Error: config.judge.url is ''; set it to")
   write(second, [*second.read_text().splitlines(), "{}"])
   done = run("--judge=simulated")
   assert done.returncode == 2, done.stderr[-2000:]
