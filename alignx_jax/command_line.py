@@ -12,10 +12,12 @@ from alignx_jax.files import as_path
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything a run makes is written.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 
-def run(main: Callable[[ConfigDict, Path], None]) -> None:
+def run(
+  main: Callable[[ConfigDict, Path | None], None], *, is_workdir_required: bool = True
+) -> None:
   """Parses the command line and calls main(config, workdir).
 
   What this package raises on purpose (a bad record, a file that is not there, a loss that
@@ -29,13 +31,15 @@ def run(main: Callable[[ConfigDict, Path], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # the libraries' notes would bury progress bars
     try:
-      main(_CONFIG.value, as_path(_WORKDIR.value))
+      main(_CONFIG.value, None if _WORKDIR.value is None else as_path(_WORKDIR.value))
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
       if not _raised_here(error):
         raise
       logging.debug("Raised here:", exc_info=True)
       sys.exit(f"Error: {error}")
 
+  if is_workdir_required:
+    flags.mark_flag_as_required("workdir")
   app.run(call, flags_parser=_parse)
 
 

@@ -3,15 +3,18 @@
   python -m alignx_jax.generate --config=configs/X.py --workdir=RUN --user=0
   python -m alignx_jax.generate --config=configs/X.py --workdir=RUN --requests=in.jsonl \\
     --output=out.jsonl
+  python -m alignx_jax.generate --config=configs/X.py --workdir=RUN --users=20 --output=out.jsonl
 
 The policy is the run in the workdir, as its config.json says; with --base, the model that the
 config names. A user is a persona, a JSON object of a record's fields (--persona=FILE), or one who
 is simulated (--user=INDEX). Type a post and the answer appears; an empty line ends.
 
 A line of the file of requests is such an object with a "prompt"; alignx_jax/inference/requests.py
-has all fields. The same command again goes on where it ended. What cannot be answered is printed,
-counted, and makes the exit code 2. With --judge two personas answer together (Persona-judge): the
-second is a request's "judge", or --judge_persona's.
+has all fields. Instead of a file, --users=N takes the posts of the first N simulated test users of
+the config, so that answers of several policies can be compared (alignx_jax.win_rate). The same
+command again goes on where it ended. What cannot be answered is printed, counted, and makes the
+exit code 2. With --judge two personas answer together (Persona-judge): the second is a request's
+"judge", or --judge_persona's.
 """
 
 import dataclasses
@@ -28,6 +31,9 @@ _BASE = flags.DEFINE_bool("base", False, "Answer with the base model that the co
 _PERSONA = flags.DEFINE_string("persona", None, "JSON file of the persona to answer.")
 _USER = flags.DEFINE_integer("user", None, "Index of the simulated user to answer.", lower_bound=0)
 _REQUESTS = flags.DEFINE_string("requests", None, "JSONL file of requests.")
+_USERS = flags.DEFINE_integer(
+  "users", None, "Answer the posts of so many simulated test users.", lower_bound=1
+)
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file of answers.")
 _CONDITION = flags.DEFINE_string(
   "condition", "", "What the prompt says of the user, if not what the policy was trained on."
@@ -47,13 +53,14 @@ _COMPAT = flags.DEFINE_string("compat", "", "'release': Persona-judge as its cod
 
 def main(config, workdir):
   # Imported here, so that --help answers at once.
-  from alignx_jax.inference.answering import answer_file
+  from alignx_jax.inference.answering import answer_file, answer_requests
   from alignx_jax.inference.persona_judge import Judging
+  from alignx_jax.inference.requests import simulated_requests
   from alignx_jax.policies import load_policy
   from alignx_jax.training import hosts
 
   hosts.connect()
-  _check_flags()
+  _check_flags(config)
   sampling = _sampling()
   judging = Judging(_GAMMA.value, compat=_COMPAT.value) if _JUDGE.value else None
   policy = load_policy(
@@ -65,9 +72,14 @@ def main(config, workdir):
   )
   print(f"Policy: {policy.name}", flush=True)
   other = _read_persona(_JUDGE_PERSONA.value) if _JUDGE_PERSONA.value else None
-  if _REQUESTS.value:
-    paths = Path(_REQUESTS.value), Path(_OUTPUT.value)
-    told = answer_file(policy, *paths, sampling, judging=judging, judge=other)
+  if _OUTPUT.value:
+    options = {"judging": judging, "judge": other}
+    if _REQUESTS.value:
+      told = answer_file(policy, Path(_REQUESTS.value), Path(_OUTPUT.value), sampling, **options)
+    else:
+      requests = simulated_requests(_USERS.value, seed=config.seed, sampling_seed=sampling.seed)
+      options["name"] = "simulated users"
+      told = answer_requests(policy, requests, Path(_OUTPUT.value), sampling, **options)
     print(told.summary)
     if told.refused:
       sys.exit(2)
@@ -75,12 +87,18 @@ def main(config, workdir):
     _converse(policy, _persona(), sampling, judging, other)
 
 
-def _check_flags():
-  ways = [_PERSONA.value is not None, _USER.value is not None, _REQUESTS.value is not None]
-  if sum(ways) != 1:
-    raise ValueError("Give one of --persona=FILE, --user=INDEX and --requests=FILE.")
-  if (_REQUESTS.value is None) != (_OUTPUT.value is None):
-    raise ValueError("--requests and --output go together; give both or neither.")
+def _check_flags(config):
+  typed = [_PERSONA.value is not None, _USER.value is not None]
+  many = [_REQUESTS.value is not None, _USERS.value is not None]
+  if sum(typed + many) != 1:
+    raise ValueError("Give one of --persona=FILE, --user=INDEX, --requests=FILE and --users=N.")
+  if any(many) != (_OUTPUT.value is not None):
+    raise ValueError("--requests or --users and --output go together; give both or neither.")
+  if _USERS.value and config.data.path != "simulated":
+    raise ValueError(
+      f"--users are simulated, and config.data.path is {config.data.path!r}; give --requests=FILE, "
+      "or a config of simulated data."
+    )
   if _JUDGE_PERSONA.value and not _JUDGE.value:
     raise ValueError("--judge_persona is of Persona-judge; give --judge too.")
   if _JUDGE.value and not (_JUDGE_PERSONA.value or _REQUESTS.value):

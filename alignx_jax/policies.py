@@ -1,11 +1,12 @@
 """A policy that answers: of a run's workdir, or a base model as its config names it."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from alignx_jax import experiment as experiments
 from alignx_jax.config_checks import check_names, has_head
@@ -18,6 +19,9 @@ from alignx_jax.inference.persona_judge import Judged, Judging, judge
 from alignx_jax.inference.preferences import infer_preferences_of
 from alignx_jax.inference.prompts import Generated, Prompt
 from alignx_jax.inference.requests import Prompter, Request
+from alignx_jax.models.decoder import Decoder
+from alignx_jax.personas.distribution import Preferences
+from alignx_jax.personas.persona import Persona
 from alignx_jax.personas.prompts import chat_format, prompt_format
 from alignx_jax.preference_model import load_preference_model
 from alignx_jax.training import mesh as meshes
@@ -120,6 +124,24 @@ def stop_ids(tokenizer: Tokenizer, chat: str) -> tuple[int, ...]:
   return tuple(dict.fromkeys((end, tokenizer.eos_id)))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+  """A model with its parameters and how it is prompted.
+
+  Attributes:
+    of: what it is, for people.
+    infer: personas and posts to P̃ by a learned bridge; None without one.
+  """
+
+  of: str
+  config: object
+  model: Decoder
+  params: nnx.State = dataclasses.field(repr=False)
+  mesh: Mesh
+  formatting: Formatting
+  infer: Callable[[list[Persona], list[str]], list[Preferences]] | None = None
+
+
 def load_policy(
   config,
   workdir: str | Path | None,
@@ -128,6 +150,27 @@ def load_policy(
   dtype: str = "",
   rows: int = 8,
 ) -> Policy:
+  """A policy that answers, see load_model.
+
+  Args:
+    dtype: to compute in, such as "bfloat16", in place of config.model.compute_dtype.
+    rows: the most rows of a batch, at least one for each device that rows are split over.
+  """
+  loaded = load_model(config, workdir, condition=condition)
+  formatting, model = loaded.formatting, _computing_in(loaded.model, dtype)
+  stops = stop_ids(formatting.tokenizer, formatting.chat)
+  vocab = formatting.tokenizer.vocab_size
+  generator = Generator.of(
+    model, loaded.params, loaded.mesh, stop_ids=stops, vocab=vocab, rows=rows
+  )
+  threshold = loaded.config.bridge.threshold
+  prompter = Prompter(formatting, model.arch.max_positions, loaded.infer, threshold)
+  name = f"{loaded.of}, conditioned on: {formatting.condition}"
+  key = f"{loaded.of} {formatting.condition} {model.compute_dtype}"
+  return Policy(name, key, generator, prompter)
+
+
+def load_model(config, workdir: str | Path | None, *, condition: str = "") -> Loaded:
   """The newest checkpoint of a run, or the base model that a config names. No data is read.
 
   Args:
@@ -136,8 +179,6 @@ def load_policy(
     workdir: of a run; None for the base.
     condition: what the prompt says of the user, in place of what the policy was trained on
       (data/formatting.py).
-    dtype: to compute in, such as "bfloat16", in place of config.model.compute_dtype.
-    rows: the most rows of a batch, at least one for each device that rows are split over.
   Raises:
     FileNotFoundError, ValueError: what is not there or does not fit, and the field to set.
   """
@@ -174,15 +215,8 @@ def load_policy(
       formatting = dataclasses.replace(formatting, condition=condition)
   if condition and formatting.condition != condition:
     raise ValueError("A policy with a learned bridge reads its tokens alone; give no --condition.")
-  stops = stop_ids(formatting.tokenizer, formatting.chat)
-  model = _computing_in(model, dtype)
-  generator = Generator.of(
-    model, params, mesh, stop_ids=stops, vocab=formatting.tokenizer.vocab_size, rows=rows
-  )
-  prompter = Prompter(formatting, model.arch.max_positions, infer, config.bridge.threshold)
   of = f"the base {config.model.weights}" if workdir is None else str(workdir)
-  name = f"{of}, conditioned on: {formatting.condition}"
-  return Policy(name, f"{of} {formatting.condition} {model.compute_dtype}", generator, prompter)
+  return Loaded(of, config, model, params, mesh, formatting, infer)
 
 
 def _computing_in(model, dtype: str):

@@ -142,5 +142,20 @@ def get_config() -> ConfigDict:
   config.eval.rows = 8  # packed rows of an evaluation batch
   config.eval.every = 0  # steps between evaluations on the validation split; 0: none
   config.eval.protocols = ("matched", "release", "unconditioned")
+
+  # An OpenAI-compatible chat endpoint as a judge (`win_rate --judge=endpoint`).
+  config.judge = ConfigDict()
+  config.judge.url = ""  # such as "http://localhost:8000/v1"
+  config.judge.model = ""
+  config.judge.key_variable = "JUDGE_API_KEY"  # environment variable of the key, if it needs one
+  config.judge.timeout = 60.0  # seconds, of one attempt
+  config.judge.attempts = 5  # at one question
+  config.judge.backoff = 1.0  # seconds before the second, twice as many before each next one
+  config.judge.requests_per_minute = 60.0  # 0: as fast as it answers
+  config.judge.parallel = 4  # questions asked at once
+  config.judge.max_tokens = 16  # of a reply
+  config.judge.price_in = config_dict.placeholder(float)  # of a million tokens; required
+  config.judge.price_out = config_dict.placeholder(float)  # likewise
+  config.judge.max_cost = 1.0  # in the same currency, of all that the cache of replies has cost
   config.lock()  # a misspelt field in a config or on the command line is an error
   return config

@@ -85,7 +85,10 @@ def test_the_command_that_sweeps(tmp_path):
 @pytest.mark.slow
 def test_commands_that_generate(tmp_path):
   commands = [shlex.split(command) for command in COMMANDS if "alignx_jax.generate" in command]
-  assert len(commands) == 2
+  compared = [command for command in commands if "--users=100" in command]
+  commands = [command for command in commands if command not in compared]
+  compared += [shlex.split(command) for command in COMMANDS if "alignx_jax.win_rate" in command]
+  assert (len(commands), len(compared)) == (2, 3)
   config = "--config=configs/study_simulated.py"
   small = [f"--{name}={value}" for name, value in SMALL.items()]
   run = ["python", "-m", "alignx_jax.train", config, f"--workdir={tmp_path}/study/ica", *small]
@@ -108,6 +111,11 @@ def test_commands_that_generate(tmp_path):
   assert "1 answered, 0 answered before, 0 refused" in told[1]
   answer = json.loads((tmp_path / "answers.jsonl").read_text(encoding="utf-8"))
   assert answer["passes_per_token"] >= 1
+  for command in compared:
+    arguments = [a.replace("runs/", f"{tmp_path}/").replace("=100", "=8") for a in command]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+  assert "| simulated |" in done.stdout and "8 pairs judged, 0 not judged" in done.stdout
 
 
 def test_commands_that_prepare_data(tmp_path):

@@ -1,6 +1,7 @@
 """Simulated users: what their texts say is what their labels say, and nothing else tells."""
 
 import collections
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from alignx_jax.personas.prompts import text_of
 from alignx_jax.personas.simulator import (
   SPLITS,
   SimulatorConfig,
+  expressed_directions,
   simulate_document,
   simulate_record,
   simulate_user,
@@ -110,6 +112,34 @@ def test_chosen_and_rejected_express_opposite_poles_of_the_labelled_dimensions(r
       noisy += len(chosen) > len(labels)
   pairs = sum(1 + len(record[PAIRS]) for record in records)
   assert 0.4 < noisy / pairs < 0.6
+
+
+def test_what_a_text_expresses_is_read_back(records):
+  space = alignx_space()
+  for record in records:
+    for text in (record["chosen"], record["rejected"]):
+      expected = np.full(len(space), 0.5)
+      for dimension, direction in poles_of(text).items():
+        expected[dimension] = direction
+      np.testing.assert_array_equal(expressed_directions(text, space), expected)
+
+
+def test_a_phrase_counts_whole_and_of_two_poles_neither():
+  read = lambda text: nonneutral(expressed_directions(text, alignx_space()))
+  assert read("First worry ALL\n night!") == read("I worry all night, worry all night") == {2: 1.0}
+  assert read("First worry all nights. Sworry all night. Worry all.") == {}
+  assert read("First worry all night. Then stay perfectly calm.") == {}
+  assert read("") == {}
+  # One phrase begins another.
+  other = read("share edgy remarks without disclaimers")
+  assert len(other) == 1
+  assert read("ride the bus or subway").keys() == read("ride the bus").keys()
+
+
+def test_of_another_space_only_its_own_dimensions_are_read():
+  space = alignx_space()
+  part = dataclasses.replace(space, dimensions=(space.dimensions[5], space.dimensions[2]))
+  np.testing.assert_array_equal(expressed_directions("I worry all night.", part), [0.5, 1])
 
 
 def test_comments_express_their_labels_and_the_labels_are_the_users(records):

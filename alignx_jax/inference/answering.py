@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +58,41 @@ def answer_file(
   """
   if not requests.is_file():
     raise FileNotFoundError(f"{requests} is no file; give --requests a JSONL file.")
+  read = lambda: _lines(requests)
+  return _answer_lines(policy, read, requests.name, output, sampling, judging, judge)
+
+
+def answer_requests(
+  policy,
+  requests: Sequence[dict],
+  output: Path,
+  sampling: Sampling,
+  *,
+  name: str,
+  judging: Judging | None = None,
+  judge: dict | None = None,
+) -> Told:
+  """The same of requests that are no file.
+
+  Args:
+    name: what they are called in messages.
+  """
+  lines = [(i, json.dumps(request)) for i, request in enumerate(requests, start=1)]
+  return _answer_lines(policy, lambda: lines, name, output, sampling, judging, judge)
+
+
+def _answer_lines(
+  policy,
+  read: Callable[[], Iterable[tuple[int, str]]],
+  name: str,
+  output: Path,
+  sampling: Sampling,
+  judging: Judging | None,
+  judge: dict | None,
+) -> Told:
+  """Answers numbered lines, which are read twice."""
   means = f"{policy.key} {sampling} {judging} {json.dumps(judge, sort_keys=True)}"
-  keys = {number: _key(line, number, means) for number, line in _lines(requests)}
+  keys = {number: _key(line, number, means) for number, line in read()}
   done = _read_answers(output, set(keys.values()))
   first = hosts.is_first()
   answered = refused = 0
@@ -89,11 +122,11 @@ def answer_file(
     batch.clear()
 
   with bar:
-    for number, line in _lines(requests):
+    for number, line in read():
       if keys[number] in done:
         continue
       try:
-        request = _parse(line, policy, f"{requests.name}:{number}", sampling, judge)
+        request = _parse(line, policy, f"{name}:{number}", sampling, judge)
       except RecordError as error:
         refuse(error)
         continue
@@ -128,6 +161,7 @@ def _answer(policy, request: Request, response: Generated | Judged) -> dict:
   generated = judged.response if judged else response
   answer = dict(request.rest) | ({} if request.id is None else {"id": request.id})
   answer |= {
+    "request": request.asked,
     "prompt": request.example.post,
     "response": policy.text(generated.ids),
     "tokens": generated.tokens,

@@ -7,10 +7,12 @@ may have those of prompts.Sampling too, "id", and
   "preferences"  poles and strengths, {"Likes humor": 1.0}, that P̃ is steered to
   "judge"        a persona, an object of the same fields: Persona-judge answers for both
 
-What else it has is handed on to its answer.
+What else it has is handed on to its answer. An answer's "request" (request_key) says what was asked
+and by whom, so that answers of several policies can be compared.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,7 +33,9 @@ from alignx_jax.inference.prompts import Prompt, Sampling
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.persona import Persona
 from alignx_jax.personas.preferences import PreferenceSpace
+from alignx_jax.personas.simulator import simulate_record
 
+SIMULATED = "simulated_test:"  # begins the ids of simulated users' requests
 PERSONA_FIELDS = (COMMENTS, PAIRS, DESCRIPTION, DIRECTIONS, "profile")
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 _KNOWN = ("prompt", "id", "chosen", "rejected", "preferences", "judge", *PERSONA_FIELDS, *_SAMPLING)
@@ -46,6 +50,7 @@ class Request:
     example: the post, the persona and what is known of P̃; without responses.
     strengths: of poles, to which P̃ is steered.
     judge: of whom the second persona is; None for none.
+    asked: request_key.
     rest: fields that mean nothing here.
   """
 
@@ -55,7 +60,15 @@ class Request:
   strengths: Mapping[str, float] = dataclasses.field(default_factory=dict)
   judge: "Request | None" = None
   id: Any = None
+  asked: str = ""
   rest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def request_key(record: dict) -> str:
+  """Stands for what was asked and by whom: the same whichever policy answers, and however."""
+  asked = {name: record.get(name) for name in ("prompt", *PERSONA_FIELDS)}
+  text = json.dumps(asked, sort_keys=True, default=lambda x: x.tolist())  # of NumPy's arrays
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parse_line(line: str, space: PreferenceSpace, where: str, sampling: Sampling) -> Request:
@@ -104,7 +117,24 @@ def parse_request(record: dict, space: PreferenceSpace, where: str, sampling: Sa
       raise RecordError(where, f"judge.{unknown[0]}", "is of no persona; remove it.")
     judge = parse_request(of_judge | {"prompt": example.post}, space, f"{where} (judge)", sampling)
   rest = {name: value for name, value in record.items() if name not in _KNOWN}
-  return Request(where, example, sampling, strengths, judge, record.get("id"), rest)
+  asked = request_key(record)
+  return Request(where, example, sampling, strengths, judge, record.get("id"), asked, rest)
+
+
+def simulated_requests(users: int, *, seed: int, sampling_seed: int = 0) -> list[dict]:
+  """The posts of the first simulated test users, one of each, as requests.
+
+  Args:
+    seed: of the users, config.seed where they are to be those of a config's test split.
+    sampling_seed: of the first answer; each next one has the next.
+  """
+  requests = []
+  for i in range(users):
+    record = simulate_record(i, split="test", seed=seed)
+    del record["chosen"], record["rejected"]
+    own = {"id": f"{SIMULATED}{i}", "seed": (sampling_seed + i) % 2**32}
+    requests.append(own | record)
+  return requests
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ User `index` of a split is the same everywhere: it depends on (seed, split, inde
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,38 @@ class SimulatedUser:
 def _wording() -> dict:
   path = Path(__file__).with_name("simulated_phrases.json")
   return json.loads(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _phrases() -> tuple[re.Pattern, dict[str, tuple[int, float]]]:
+  """What finds phrases in a text, and the (dimension, direction) that each expresses."""
+  poles = {
+    phrase.casefold(): (dimension, float(pole == "positive"))
+    for dimension, phrases in enumerate(_wording()["phrases"])
+    for pole in phrases
+    for phrase in phrases[pole]
+  }
+  # The longest first: one phrase begins another.
+  words = [re.escape(phrase) for phrase in sorted(poles, key=len, reverse=True)]
+  return re.compile(rf"\b(?:{'|'.join(words)})\b"), poles
+
+
+def expressed_directions(text: str, space: PreferenceSpace) -> np.ndarray:
+  """The directions that a text's wording expresses: the inverse of SimulatedUser.write.
+
+  A pole is expressed by one of its phrases, whole; how often does not matter.
+
+  Returns:
+    float [P], of `space`: 0 or 1 where one pole is expressed, NEUTRAL where none or both are, or
+    where the simulator has no words for the dimension.
+  """
+  pattern, poles = _phrases()
+  text = " ".join(text.casefold().split())
+  found = {poles[match] for match in pattern.findall(text)}
+  directions_P = np.full(len(alignx_space()), NEUTRAL)
+  for dimension, direction in found:
+    directions_P[dimension] += direction - NEUTRAL
+  return np.nan_to_num(space.translate(directions_P, alignx_space()), nan=NEUTRAL)
 
 
 def _between(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
