@@ -47,7 +47,8 @@ def temperature_of(experiment: Experiment, params: nnx.State, workdir: Path) -> 
   """The temperature of a run's P̃, fitted on the validation split and kept in its workdir.
 
   1 where there is no labelled validation split. It is of these parameters: fitted anew when the
-  run has gone on.
+  run has gone on. Where the experiment has no validation split at all, nothing is kept: it may have
+  been left out.
   """
   path = workdir / CALIBRATION
   weights = array_digest(params)
@@ -55,6 +56,8 @@ def temperature_of(experiment: Experiment, params: nnx.State, workdir: Path) -> 
     kept = json.loads(path.read_text(encoding="utf-8"))
     if kept.get("weights", weights) == weights:  # without: set by hand
       return float(kept["temperature"])
+  if not len(experiment.validation):
+    return 1.0
   labels_XP = directions_of(experiment, experiment.validation)
   found = {"temperature": 1.0, "users": 0, "weights": weights}
   if np.isfinite(labels_XP).any():

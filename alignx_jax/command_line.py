@@ -12,16 +12,22 @@ from alignx_jax.files import as_path
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything a run makes is written.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
-def run(main: Callable[[ConfigDict, Path], None]) -> None:
+def run(
+  main: Callable[[ConfigDict, Path], None] | Callable[[], None], *, config: bool = True
+) -> None:
   """Parses the command line and calls main(config, workdir).
+
+  Args:
+    config: whether there are to be a --config and a --workdir; without, it is main().
 
   What this package raises on purpose (a bad record, a file that is not there, a loss that
   is not finite) ends the program with its message; --verbosity=1 shows where it came
   from. Anything else is a bug and keeps its traceback.
   """
+  if config:
+    flags.mark_flags_as_required(["config", "workdir"])
 
   def call(argv):
     if len(argv) > 1:
@@ -29,7 +35,7 @@ def run(main: Callable[[ConfigDict, Path], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # the libraries' notes would bury progress bars
     try:
-      main(_CONFIG.value, as_path(_WORKDIR.value))
+      main(*((_CONFIG.value, as_path(_WORKDIR.value)) if config else ()))
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
       if not _raised_here(error):
         raise
