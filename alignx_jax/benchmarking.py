@@ -1,6 +1,7 @@
 """A policy on published benchmarks: tables, a parquet file of every pair, a page."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ from alignx_jax import experiment as experiments
 from alignx_jax.config_checks import check_names, check_sizes, has_head
 from alignx_jax.data.benchmarks import Benchmark, load_benchmark
 from alignx_jax.data.loader import Loader
+from alignx_jax.data.tokenizers import find_file, load_tokenizer
 from alignx_jax.evaluation.accuracy import Comparison, Scorer, compare_base, compare_policy
 from alignx_jax.evaluation.published import format_benchmarks
 from alignx_jax.evaluation.record_table import (
@@ -116,16 +118,19 @@ def _experiment(config, workdir: Path | None) -> Experiment:
 
 
 def _foreign_policy(experiment: Experiment, weights: str) -> tuple[Experiment, nnx.State]:
-  """A policy of other weights, which read the base's tokens."""
+  """A policy of other weights, which reads the very tokens that the base reads."""
   config = experiment.config.copy_and_resolve_references()
-  config.model.tokenizer = config.model.tokenizer or config.model.weights
-  config.model.weights, config.model.preset = weights, ""
-  config.lora.rank = 0
+  base = config.model.weights
+  beside = "bytes" if base.startswith("preset:") else base
+  config.model.tokenizer = config.model.tokenizer or beside
+  config.model.weights, config.model.preset, config.lora.rank = weights, "", 0
   policy = _experiment(config, None)
-  if policy.formatting.tokenizer.fingerprint != experiment.formatting.tokenizer.fingerprint:
-    raise ValueError(
-      "A policy and its reference must share a tokenizer; set config.model.tokenizer."
-    )
+  with contextlib.suppress(FileNotFoundError, ValueError):  # it may have none of its own
+    own = load_tokenizer(find_file(weights))
+    if own.fingerprint != policy.formatting.tokenizer.fingerprint:
+      logging.warning(
+        "%s has another tokenizer than %s, whose tokens it reads here.", weights, base
+      )
   return policy, policy.load_base()
 
 

@@ -152,9 +152,9 @@ class Scorer:
     formatting = dataclasses.replace(self.formatting, condition=condition, history=history)
     return Loader(examples, formatting, rows=self.rows)
 
-  def unscored(self, condition: str, shuffle: bool = False) -> dict[int, str]:
-    """Index of each example without a score, and why it has none."""
-    return _reasons(self.score(condition, shuffle), self._loader(condition, shuffle))
+  def unscored(self, *key) -> dict[int, str]:
+    """Index of each example that `score` of the same arguments does not score, and why."""
+    return _reasons(self.score(*key), self._loader(*key))
 
 
 @dataclasses.dataclass
@@ -197,11 +197,11 @@ class BridgeScorer:
     )
     return Loader(self.examples, formatting, rows=self.rows, preferences=preferences_XPK), known_X
 
-  def unscored(self, condition: str, shuffle: bool = False) -> dict[int, str]:
-    """Index of each example without a score, and why it has none."""
-    loader, known_X = self._loader(condition, shuffle)
-    reasons = _reasons(self.score(condition, shuffle), loader)
-    return reasons | {int(i): f"no {condition} P̃ to tell" for i in np.flatnonzero(~known_X)}
+  def unscored(self, *key) -> dict[int, str]:
+    """Index of each example that `score` of the same arguments does not score, and why."""
+    loader, known_X = self._loader(*key)
+    without = {int(i): f"no {key[0]} P̃ to tell" for i in np.flatnonzero(~known_X)}
+    return _reasons(self.score(*key), loader) | without
 
   def _preferences(self, condition):
     """P̃ [X, P, K] under a condition, NaN where an example has none."""
