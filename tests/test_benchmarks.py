@@ -274,6 +274,8 @@ def test_a_person_compares_at_a_terminal(ica, ica_results, pba):
   done = subprocess.run([*command, "--policy=ica,pba", "--condition=none"], **_OPTIONS)
   assert done.returncode == 0, done.stderr
   assert "| test_ugc " in done.stdout and "ica none matched" in done.stdout
+  done = subprocess.run([*command[:3], "--help"], **_OPTIONS)
+  assert "--first" in done.stdout and "--workdir" not in done.stdout
   done = subprocess.run([*command, "--policy=ica,pba,x"], **_OPTIONS)
   assert done.stderr.strip() == "Error: --policy has 3 values; give one, or FIRST,SECOND."
 
