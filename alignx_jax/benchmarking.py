@@ -283,10 +283,14 @@ def _unusable_sentences(benchmark: Benchmark) -> list[str]:
 
 
 def _unscored_sentences(table) -> list[str]:
+  """How many pairs have no score, by row and reason; protocols that have the same as one."""
+  protocols = {}
+  for one in unscored_counts(table):
+    names = ("benchmark", "policy", "condition", "count", "reason")
+    protocols.setdefault(tuple(one[name] for name in names), []).append(one["protocol"])
   return [
-    f"{one['benchmark']}: {one['policy']}, {one['condition']}, {one['protocol']}: "
-    f"{one['count']} not scored: {one['reason']}"
-    for one in unscored_counts(table)
+    f"{benchmark}: {policy}, {condition}, {'/'.join(same)}: {count} not scored: {reason}"
+    for (benchmark, policy, condition, count, reason), same in protocols.items()
   ]
 
 

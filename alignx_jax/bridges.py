@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -57,6 +58,9 @@ def temperature_of(experiment: Experiment, params: nnx.State, workdir: Path) -> 
     if kept.get("weights", weights) == weights:  # without: set by hand
       return float(kept["temperature"])
   if not len(experiment.validation):
+    logging.warning(
+      "%s: no temperature of these weights, no validation split: 1 is taken.", workdir
+    )
     return 1.0
   labels_XP = directions_of(experiment, experiment.validation)
   found = {"temperature": 1.0, "users": 0, "weights": weights}
@@ -146,6 +150,7 @@ def told_by(experiment: Experiment) -> Experiment:
     "threshold": config.bridge.threshold,
   }
   splits = ["train", "test"] + ["validation"] * bool(config.eval.every)
+  splits = [split for split in splits if len(getattr(experiment, split))]
   return dataclasses.replace(
     experiment,
     formatting=dataclasses.replace(experiment.formatting, condition="profile"),

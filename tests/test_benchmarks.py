@@ -110,7 +110,7 @@ def test_a_pair_is_scored_as_an_evaluation_of_the_run_scores_it(config, ica, ica
   for ours, theirs in zip(found[2:], expected, strict=True):
     for key in ("condition", "protocol", "accuracy", "examples", "posts", "refused"):
       assert ours[key] == theirs[key]
-  one = table.filter([v == "release" for v in table["protocol"].to_pylist()]).to_pylist()
+  one = [row for row in table.to_pylist() if row["protocol"] == "release"]
   one = [row for row in one if row["condition"] == "persona"]
   score_XN, reference_XN = policy.score("persona"), base.score("persona")
   for row, example, score_N, reference_N in zip(
@@ -164,8 +164,8 @@ def test_what_cannot_be_scored_is_told_record_by_record_and_counted(ica, ica_res
   assert {row["examples"] for row in results if row["benchmark"] == "test_pair"} == {2}
   counted = [row for row in results if row["benchmark"] == "test_ugc" and row["policy"] == "ica"]
   assert {(row["examples"], row["refused"]) for row in counted} == {(RECORDS - 1, 1)}
-  sentence = "test_ugc: ica, persona, matched: 1 not scored: response longer than its region"
-  assert sentence in told["test_ugc"]
+  row = "test_ugc: ica, persona, matched/release/unconditioned"
+  assert f"{row}: 1 not scored: response longer than its region" in told["test_ugc"]
   golden = _rows(read_table(pba / "benchmarks/test_ugc.parquet")[0])["pba", "golden", "matched"]
   at = list(golden["id"]).index("test_ugc.json:5")
   assert np.isnan(golden["correct"][at]) and golden["unscored"][at].startswith("no golden P̃")
