@@ -118,19 +118,29 @@ def _experiment(config, workdir: Path | None) -> Experiment:
 
 
 def _foreign_policy(experiment: Experiment, weights: str) -> tuple[Experiment, nnx.State]:
-  """A policy of other weights, which reads the very tokens that the base reads."""
+  """A policy of other weights, which reads the very tokens that the base reads.
+
+  Raises:
+    ValueError: it was made for other tokens.
+  """
   config = experiment.config.copy_and_resolve_references()
-  base = config.model.weights
-  beside = "bytes" if base.startswith("preset:") else base
-  config.model.tokenizer = config.model.tokenizer or beside
   config.model.weights, config.model.preset, config.lora.rank = weights, "", 0
-  policy = _experiment(config, None)
-  with contextlib.suppress(FileNotFoundError, ValueError):  # it may have none of its own
+  arch = experiments.architecture(config, weights=True)
+  tokenizer = experiment.formatting.tokenizer
+  other = (
+    f"{weights} was made for other tokens than {experiment.config.model.weights}, the reference; set "
+    "config.model.weights to the model that it was trained from."
+  )
+  if arch.vocab_size < tokenizer.vocab_size:
+    raise ValueError(f"It embeds {arch.vocab_size} of {tokenizer.vocab_size} tokens: {other}")
+  with contextlib.suppress(FileNotFoundError):  # it may have no tokenizer of its own
     own = load_tokenizer(find_file(weights))
-    if own.fingerprint != policy.formatting.tokenizer.fingerprint:
-      logging.warning(
-        "%s has another tokenizer than %s, whose tokens it reads here.", weights, base
-      )
+    phrases = [pole for d in alignx_space().dimensions for pole in (d.negative, d.positive)]
+    if own.encode_batch(phrases) != tokenizer.encode_batch(phrases):
+      raise ValueError(other)
+  platform = experiment.mesh.devices.flat[0].platform
+  model = experiments.abstract_model(config, arch, platform=platform)
+  policy = dataclasses.replace(experiment, config=config, model=model)
   return policy, policy.load_base()
 
 

@@ -203,8 +203,8 @@ def test_a_hugging_face_directory_is_scored_as_the_run_that_it_is_of(
   assert ours.equals(theirs)
 
 
-def test_a_policy_of_another_vocabulary_is_refused(config, directory):
-  with pytest.raises(ValueError, match="The tokenizer has 2.. ids and the model .* embeds"):
+def test_a_policy_of_another_vocabulary_is_refused(config):
+  with pytest.raises(ValueError, match="simulated_base was made for other tokens than preset:tiny"):
     load_subject(config, None, policy_weights="package:alignx_jax/models/simulated_base")
 
 
