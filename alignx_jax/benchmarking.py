@@ -128,8 +128,8 @@ def _foreign_policy(experiment: Experiment, weights: str) -> tuple[Experiment, n
   arch = experiments.architecture(config, weights=True)
   tokenizer = experiment.formatting.tokenizer
   other = (
-    f"{weights} was made for other tokens than {experiment.config.model.weights}, the reference; set "
-    "config.model.weights to the model that it was trained from."
+    f"{weights} was made for other tokens than {experiment.config.model.weights}, the reference; "
+    "set config.model.weights to the model that it was trained from."
   )
   if arch.vocab_size < tokenizer.vocab_size:
     raise ValueError(f"It embeds {arch.vocab_size} of {tokenizer.vocab_size} tokens: {other}")
