@@ -20,7 +20,6 @@ from alignx_jax.evaluation.record_table import SCHEMA, read_table, row_groups, u
 from alignx_jax.export import export
 from tests.small_records import small_config, small_record, write_small_records
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
 RECORDS = 16
 
 
