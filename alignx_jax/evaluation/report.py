@@ -41,10 +41,6 @@ def write_report(
     ValueError: a result lacks a key, or a share is not within 0 to 1.
   """
   check(results)
-  legend = "".join(
-    f"<div><h3>{kind.capitalize()}</h3>{_definitions(meanings)}</div>"
-    for kind, meanings in LEGEND.items()
-  )
   drawn = "".join(section(heading, html) for heading, html in pictures)
   extra = drawn + "".join(
     section(heading, "".join(f"<p>{escape(text)}</p>" for text in paragraphs))
@@ -54,7 +50,7 @@ def write_report(
 {section("Alignment accuracy", _html_table(results))}
 {section("The same, drawn", accuracy_bars(results))}
 </div>
-{section("What the words mean", f'<div class="panels">{legend}</div>')}
+{_legend()}
 {section("Training", training_curves(curves))}
 {extra}
 {_reproduce(config, command, versions)}"""
@@ -87,15 +83,20 @@ def write_benchmark_report(
   note = (
     f'<p class="note">{escape(source())}. Other models, other data: no comparison of methods.</p>'
   )
-  legend = "".join(
+  body = f"""{"".join(parts)}
+{note}
+{_legend()}
+{_reproduce(config, command, versions)}"""
+  write_text(path, page(title, summary, body))
+
+
+def _legend():
+  """What the words of a table mean."""
+  kinds = "".join(
     f"<div><h3>{kind.capitalize()}</h3>{_definitions(meanings)}</div>"
     for kind, meanings in LEGEND.items()
   )
-  body = f"""{"".join(parts)}
-{note}
-{section("What the words mean", f'<div class="panels">{legend}</div>')}
-{_reproduce(config, command, versions)}"""
-  write_text(path, page(title, summary, body))
+  return section("What the words mean", f'<div class="panels">{kinds}</div>')
 
 
 def _reproduce(config, command, versions):
