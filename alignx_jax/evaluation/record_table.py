@@ -169,7 +169,7 @@ def row_groups(table: pa.Table) -> list[tuple[dict, dict[str, np.ndarray]]]:
     missing = float("nan") if pa.types.is_floating(column.type) else ""
     text = missing == ""
     values = [missing if v is None else v for v in column.to_pylist()]
-    columns[name] = np.array(values, object if text else np.float32)
+    columns[name] = np.array(values, object if text else np.float64)
   labels = list(zip(*(table[name].to_pylist() for name in ROW), strict=True))
   places = {}
   for i, label in enumerate(labels):
