@@ -37,7 +37,7 @@ setup(
   python_requires=">=3.11",
   packages=find_packages(include=["alignx_jax", "alignx_jax.*"]),
   package_data={
-    "alignx_jax.evaluation": ["*.css"],
+    "alignx_jax.evaluation": ["*.css", "*.json"],
     "alignx_jax.personas": ["*.json"],
     "alignx_jax.models": ["simulated_base/*"],
   },

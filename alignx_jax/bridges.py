@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -47,7 +48,8 @@ def temperature_of(experiment: Experiment, params: nnx.State, workdir: Path) -> 
   """The temperature of a run's P̃, fitted on the validation split and kept in its workdir.
 
   1 where there is no labelled validation split. It is of these parameters: fitted anew when the
-  run has gone on.
+  run has gone on. Where the experiment has no validation split at all, nothing is kept: it may have
+  been left out.
   """
   path = workdir / CALIBRATION
   weights = array_digest(params)
@@ -55,6 +57,11 @@ def temperature_of(experiment: Experiment, params: nnx.State, workdir: Path) -> 
     kept = json.loads(path.read_text(encoding="utf-8"))
     if kept.get("weights", weights) == weights:  # without: set by hand
       return float(kept["temperature"])
+  if not len(experiment.validation):
+    logging.warning(
+      "%s: no temperature of these weights, no validation split: 1 is taken.", workdir
+    )
+    return 1.0
   labels_XP = directions_of(experiment, experiment.validation)
   found = {"temperature": 1.0, "users": 0, "weights": weights}
   if np.isfinite(labels_XP).any():
@@ -143,6 +150,7 @@ def told_by(experiment: Experiment) -> Experiment:
     "threshold": config.bridge.threshold,
   }
   splits = ["train", "test"] + ["validation"] * bool(config.eval.every)
+  splits = [split for split in splits if len(getattr(experiment, split))]
   return dataclasses.replace(
     experiment,
     formatting=dataclasses.replace(experiment.formatting, condition="profile"),

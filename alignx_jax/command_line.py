@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -12,18 +12,23 @@ from alignx_jax.files import as_path
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything a run makes is written.")
-flags.mark_flag_as_required("config")
 
 
 def run(
-  main: Callable[[ConfigDict, Path | None], None], *, is_workdir_required: bool = True
+  main: Callable[[ConfigDict, Path | None], None] | Callable[[], None],
+  *,
+  requires: Sequence[str] = ("config", "workdir"),
 ) -> None:
   """Parses the command line and calls main(config, workdir).
+
+  Args:
+    requires: which of the two there are to be; with neither, main() is called.
 
   What this package raises on purpose (a bad record, a file that is not there, a loss that
   is not finite) ends the program with its message; --verbosity=1 shows where it came
   from. Anything else is a bug and keeps its traceback.
   """
+  flags.mark_flags_as_required(requires)
 
   def call(argv):
     if len(argv) > 1:
@@ -31,15 +36,14 @@ def run(
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # the libraries' notes would bury progress bars
     try:
-      main(_CONFIG.value, None if _WORKDIR.value is None else as_path(_WORKDIR.value))
+      workdir = None if _WORKDIR.value is None else as_path(_WORKDIR.value)
+      main(*((_CONFIG.value, workdir) if requires else ()))
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
       if not _raised_here(error):
         raise
       logging.debug("Raised here:", exc_info=True)
       sys.exit(f"Error: {error}")
 
-  if is_workdir_required:
-    flags.mark_flag_as_required("workdir")
   app.run(call, flags_parser=_parse)
 
 

@@ -43,6 +43,8 @@ CONDITIONS = {
   ("ica", "head"): "persona",
   ("pba", "text"): "inferred",
   ("pba", "head"): "bridge",
+  ("dpo", "text"): "none",
+  ("dpo", "head"): "none",
 }
 
 
@@ -148,7 +150,7 @@ def load_experiment(config) -> Experiment:
     FileNotFoundError, ValueError: what does not exist or fit, and the field to set.
   """
   check_names(config)
-  mesh = _make_mesh(config)
+  mesh = make_mesh(config)
   check_sizes(config, mesh)
   space = data_space(config)
   check_start(config, bridge_space(config) or space)
@@ -221,7 +223,12 @@ def _with_regions(config, formatting: Formatting) -> Formatting:
   return dataclasses.replace(formatting, regions=regions)
 
 
-def _make_mesh(config) -> Mesh:
+def make_mesh(config) -> Mesh:
+  """The devices that config.mesh and config.train.devices name.
+
+  Raises:
+    ValueError: there are not so many; names the field.
+  """
   count = config.train.devices or jax.device_count()
   if count > jax.device_count():
     raise ValueError(f"config.train.devices is {count}; there are {jax.device_count()}.")

@@ -58,4 +58,4 @@ def main(config, workdir):
 
 
 if __name__ == "__main__":
-  command_line.run(main, is_workdir_required=False)
+  command_line.run(main, requires=("config",))

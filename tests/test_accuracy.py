@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from alignx_jax.data.formatting import Formatting
+import configs.base
+from alignx_jax.data.formatting import Formatting, tokenise
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import load_tokenizer
@@ -18,6 +19,7 @@ from alignx_jax.evaluation.accuracy import (
   result,
   shuffled,
 )
+from alignx_jax.experiment import make_formatting
 from alignx_jax.personas.persona import Persona, UserComment
 from alignx_jax.personas.preferences import alignx_space
 
@@ -113,6 +115,17 @@ def test_an_untrained_base_is_compared_with_itself_without_the_persona():
     "inferred": 0.2,
     "golden": 1.0,
   }
+
+
+def test_a_policy_without_a_persona_has_one_figure():
+  policy, base = _scorer(none=[1, 1, 0, 0, 0]), _scorer(none=[0, 2, 0, -1, 0])
+  results = evaluate_policy("dpo", policy, base)
+  assert _accuracies(results) == {("none", "matched"): 0.4}
+  config = configs.base.get_config()
+  config.objective.name = "dpo"
+  formatting = make_formatting(config, TOKENIZER, SPACE)
+  context = tokenise(EXAMPLES[0], formatting, EXAMPLES[0].persona).context
+  assert "note 0" not in TOKENIZER.decode(context) and "Tea?" in TOKENIZER.decode(context)
 
 
 def test_pairs_that_were_refused_are_left_out_and_counted():

@@ -14,6 +14,7 @@ from flax import nnx
 
 from alignx_jax import bridges, measuring
 from alignx_jax import experiment as experiments
+from alignx_jax.benchmarking import load_subject, run_benchmarks
 from alignx_jax.data.loader import Loader
 from alignx_jax.evaluation.accuracy import others
 from alignx_jax.evaluation.calibration import fit_temperature, softmax
@@ -677,3 +678,27 @@ def test_what_is_of_a_learned_bridge_is_refused_without(directory, field):
   config = _config(directory / "old", {"bridge.kind": "text", f"bridge.{field}": value})
   with pytest.raises(ValueError, match=rf"config\.bridge\.{field} is of a learned bridge"):
     experiments.load_experiment(config)
+
+
+def test_a_learned_bridge_is_measured_on_benchmarks_in_their_own_space(measured, directory):
+  (directory / "published").mkdir()
+  records = [small_record(i) for i in range(6)]
+  del records[2]["Preference Direction"]
+  (directory / "published" / "test_ugc.json").write_text(json.dumps(records))
+  calibration = (measured.workdir / bridges.CALIBRATION).read_text()
+  subject = load_subject(_copy(measured), measured.workdir)
+  results, told = run_benchmarks(
+    subject, directory / "benchmarked", ["test_ugc"], str(directory / "published")
+  )
+  found = {(r["condition"], r["protocol"]): r for r in results if r["policy"] == "pba_head"}
+  assert found.keys() == {
+    *((c, p) for c in ("inferred", "golden", "shuffled") for p in ("matched", "release")),
+    ("none", "matched"),
+  }
+  assert found["golden", "matched"]["examples"] == 5 and found["none", "matched"]["examples"] == 6
+  assert (
+    "test_ugc: pba_head, golden, matched/release: 1 not scored: no golden P̃ to tell"
+    in (told["test_ugc"])
+  )
+  # The temperature that the run was evaluated with is used, and kept.
+  assert (measured.workdir / bridges.CALIBRATION).read_text() == calibration

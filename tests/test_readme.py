@@ -118,6 +118,42 @@ def test_commands_that_generate(tmp_path):
   assert "| simulated |" in done.stdout and "8 pairs judged, 0 not judged" in done.stdout
 
 
+@pytest.mark.slow
+def test_commands_on_benchmarks(tmp_path):
+  commands = [shlex.split(c) for c in COMMANDS if "--benchmarks" in c or "compare" in c]
+  assert [command[2] for command in commands] == [
+    *["alignx_jax.evaluate"] * 2,
+    "alignx_jax.compare",
+  ]
+  small = ["--config=configs/study_simulated.py", *(f"--{n}={v}" for n, v in SMALL.items())]
+  published = tmp_path / "published"
+  published.mkdir()
+  records = [simulate_record(i, split="test", seed=0) for i in range(6)]
+  for name in commands[0][5].removeprefix("--benchmarks=").split(","):
+    own = [dict(record) for record in records]
+    for record in own:
+      for part in (record, *record.get("User-Generated Content", ())):
+        part.pop("Preference Direction", None)  # of 90 dimensions, which UF-P-4 has not
+      for pair in record.get("Pair-wise Comparative Feedback", ()):
+        pair.pop("Preference Direction", None)
+      record["profile"] = "Likes music"
+    (published / f"{name}.json").write_text(json.dumps(own), encoding="utf-8")
+  for command, objective in zip(commands, ("ica", "pba", ""), strict=True):
+    arguments = [a.replace("runs/", f"{tmp_path}/") for a in command]
+    arguments = [a.replace("=published", f"={published}") for a in arguments]
+    if objective:
+      assert f"configs/{objective}_llama31_8b.py" in arguments[3]
+      own = [*small, f"--config.objective.name={objective}"]
+      run = ["python", "-m", "alignx_jax.train", arguments[4], *own]
+      subprocess.run(run, cwd=ROOT, capture_output=True, timeout=600, check=True)
+      arguments[3:4] = own
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| uf_p_4 " in done.stdout if not objective else "published %" in done.stdout
+  assert len(list((tmp_path / "ica" / "benchmarks").glob("*.parquet"))) == 7
+  assert (tmp_path / "pba" / "benchmarks" / "report.html").exists()
+
+
 def test_commands_that_prepare_data(tmp_path):
   commands = [command for command in COMMANDS if "prepare_data" in command]
   assert len(commands) == 2

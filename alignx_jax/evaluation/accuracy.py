@@ -11,12 +11,12 @@ strictly. Three protocols differ in the prompt on which the reference is scored:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
 
-from alignx_jax.data.formatting import Formatting
+from alignx_jax.data.formatting import Formatting, Refused
 from alignx_jax.data.loader import Loader
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Rows
@@ -29,6 +29,7 @@ CONDITIONS = {
   "pba": ("inferred", "golden", "shuffled", "none"),
   "pba_by_head": ("profile", "golden", "shuffled", "none"),
   "pba_head": ("inferred", "golden", "shuffled", "none"),
+  "dpo": ("none",),
 }
 
 
@@ -144,11 +145,17 @@ class Scorer:
   def _score(
     self, condition: str, shuffle: bool = False, history: HistoryPolicy = HistoryPolicy()
   ) -> np.ndarray:
+    label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
+    return score_stream(self.log_probs, self._loader(condition, shuffle, history), describe=label)
+
+  def _loader(self, condition, shuffle=False, history=HistoryPolicy()):
     examples = shuffled(self.examples) if shuffle else self.examples
     formatting = dataclasses.replace(self.formatting, condition=condition, history=history)
-    loader = Loader(examples, formatting, rows=self.rows)
-    label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
-    return score_stream(self.log_probs, loader, describe=label)
+    return Loader(examples, formatting, rows=self.rows)
+
+  def unscored(self, *key) -> dict[int, str]:
+    """Index of each example that `score` of the same arguments does not score, and why."""
+    return _reasons(self.score(*key), self._loader(*key))
 
 
 @dataclasses.dataclass
@@ -172,6 +179,13 @@ class BridgeScorer:
     self.score = functools.cache(self._score)
 
   def _score(self, condition: str, shuffle: bool = False) -> np.ndarray:
+    loader, known_X = self._loader(condition, shuffle)
+    label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
+    scores = score_stream(self.log_probs, loader, describe=label)
+    return np.where(known_X[:, None], scores, np.nan)
+
+  def _loader(self, condition, shuffle=False):
+    """What is scored, and of which examples there is a P̃ [X]."""
     preferences_XPK = self._preferences(condition)
     if shuffle:
       preferences_XPK = preferences_XPK[others(len(self.examples))]
@@ -182,10 +196,13 @@ class BridgeScorer:
       history=HistoryPolicy(),
       regions=dataclasses.replace(self.formatting.regions, persona=0, parts=0),
     )
-    loader = Loader(self.examples, formatting, rows=self.rows, preferences=preferences_XPK)
-    label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
-    scores = score_stream(self.log_probs, loader, describe=label)
-    return np.where(known_X[:, None], scores, np.nan)
+    return Loader(self.examples, formatting, rows=self.rows, preferences=preferences_XPK), known_X
+
+  def unscored(self, *key) -> dict[int, str]:
+    """Index of each example that `score` of the same arguments does not score, and why."""
+    loader, known_X = self._loader(*key)
+    without = {int(i): f"no {key[0]} P̃ to tell" for i in np.flatnonzero(~known_X)}
+    return _reasons(self.score(*key), loader) | without
 
   def _preferences(self, condition):
     """P̃ [X, P, K] under a condition, NaN where an example has none."""
@@ -206,25 +223,64 @@ class BridgeScorer:
     return preferences_XPK
 
 
-def evaluate_policy(
+def _reasons(score_XN: np.ndarray, loader: Loader) -> dict[int, str]:
+  """Index of each example that is not scored, and why."""
+  reasons = {}
+  for i in np.flatnonzero(~np.isfinite(score_XN).all(axis=1)).tolist():
+    reasons[i] = "its log-prob is not finite"
+    try:
+      loader.tokenised(i)
+    except Refused as reason:
+      reasons[i] = str(reason)
+  return reasons
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """A policy's scores beside its reference's, under one condition and protocol.
+
+  Attributes:
+    score_XN, reference_XN: response log-probs in nats, NaN where there is none.
+    unscored: gives the index of each example that is not scored, and why.
+  """
+
+  policy: str
+  condition: str
+  protocol: str
+  score_XN: np.ndarray
+  reference_XN: np.ndarray
+  unscored: Callable[[], dict[int, str]]
+
+  @classmethod
+  def of(cls, name, condition, protocol, scorer, key, base, base_key) -> "Comparison":
+    """Of what two scorers give for their keys."""
+    unscored = lambda: base.unscored(*base_key) | scorer.unscored(*key)
+    scores = scorer.score(*key), base.score(*base_key)
+    return cls(name, condition, protocol, *scores, unscored)
+
+  def rows(self, examples: Sequence[Example]) -> list[dict]:
+    """Of results.json: one, or none where no example could be scored."""
+    ratio_XN = self.score_XN - self.reference_XN
+    return accuracy_rows(self.policy, self.condition, self.protocol, examples, ratio_XN)
+
+
+def compare_policy(
   policy: str,
   scorer: "Scorer | BridgeScorer",
   base: Scorer,
   *,
   protocols: Sequence[str] = PROTOCOLS,
-) -> list[dict]:
-  """Alignment accuracy of a trained policy under each condition it has and protocol.
+) -> Iterator[Comparison]:
+  """A trained policy beside the reference under each condition it has and protocol.
 
-  A condition that no record has (no labels, so no golden P̃) gives no row. The reference
-  cannot read a learned bridge's tokens: there its prompt is the policy's without them, so
-  `matched` and `unconditioned` are one.
+  The reference cannot read a learned bridge's tokens: there its prompt is the policy's without
+  them, so `matched` and `unconditioned` are one.
 
   Args:
     policy: a key of CONDITIONS.
     base: scores of the reference model on the same pairs.
   """
   main = CONDITIONS[policy][0]
-  results = []
   for condition in CONDITIONS[policy]:
     key = (main, True) if condition == "shuffled" else (condition,)
     references = {"matched": key, "release": ("persona",), "unconditioned": ("none",)}
@@ -237,19 +293,36 @@ def evaluate_policy(
     for protocol in (
       (p for p in protocols if p in references) if condition != "none" else ["matched"]
     ):
-      ratio = scorer.score(*key) - base.score(*references[protocol])
-      results += accuracy_rows(policy, condition, protocol, scorer.examples, ratio)
-  return results
+      yield Comparison.of(policy, condition, protocol, scorer, key, base, references[protocol])
+
+
+def compare_base(base: Scorer, policies: Sequence[str]) -> Iterator[Comparison]:
+  """The untrained base beside itself without a persona, under the conditions of policies."""
+  for condition in dict.fromkeys(c for p in policies for c in CONDITIONS[p]):
+    if condition not in ("shuffled", "none"):
+      yield Comparison.of(
+        base.name, condition, "unconditioned", base, (condition,), base, ("none",)
+      )
+
+
+def evaluate_policy(
+  policy: str,
+  scorer: "Scorer | BridgeScorer",
+  base: Scorer,
+  *,
+  protocols: Sequence[str] = PROTOCOLS,
+) -> list[dict]:
+  """Alignment accuracy of a trained policy; arguments as of compare_policy.
+
+  A condition that no record has (no labels, so no golden P̃) gives no row.
+  """
+  found = compare_policy(policy, scorer, base, protocols=protocols)
+  return [row for one in found for row in one.rows(scorer.examples)]
 
 
 def evaluate_base(base: Scorer, policies: Sequence[str]) -> list[dict]:
   """The untrained base: what the condition adds to its own unconditioned log-probs."""
-  results = []
-  for condition in dict.fromkeys(c for p in policies for c in CONDITIONS[p]):
-    if condition not in ("shuffled", "none"):
-      ratio = base.score(condition) - base.score("none")
-      results += accuracy_rows(base.name, condition, "unconditioned", base.examples, ratio)
-  return results
+  return [row for one in compare_base(base, policies) for row in one.rows(base.examples)]
 
 
 def accuracy_rows(policy, condition, protocol, examples, ratio) -> list[dict]:

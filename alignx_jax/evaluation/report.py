@@ -8,6 +8,7 @@ import json
 from html import escape
 
 from alignx_jax.evaluation.pictures import CSS, accuracy_bars, training_curves
+from alignx_jax.evaluation.published import by_benchmark, column, source
 from alignx_jax.evaluation.results import (
   COLUMNS,
   EMPTY,
@@ -40,30 +41,76 @@ def write_report(
     ValueError: a result lacks a key, or a share is not within 0 to 1.
   """
   check(results)
-  if not isinstance(config, str):
-    config = config.to_dict() if hasattr(config, "to_dict") else config
-    config = json.dumps(config, indent=2, default=str)
-  legend = "".join(
-    f"<div><h3>{kind.capitalize()}</h3>{_definitions(meanings)}</div>"
-    for kind, meanings in LEGEND.items()
-  )
   drawn = "".join(section(heading, html) for heading, html in pictures)
   extra = drawn + "".join(
     section(heading, "".join(f"<p>{escape(text)}</p>" for text in paragraphs))
     for heading, paragraphs in sections
   )
-  reproduce = f"<pre>{escape(command)}</pre>{_definitions(versions)}"
-  details = f"<details><summary>Show</summary><pre>{escape(config)}</pre></details>"
   body = f"""<div class="pair">
 {section("Alignment accuracy", _html_table(results))}
 {section("The same, drawn", accuracy_bars(results))}
 </div>
-{section("What the words mean", f'<div class="panels">{legend}</div>')}
+{_legend()}
 {section("Training", training_curves(curves))}
 {extra}
-{section("Reproduce", reproduce)}
-{section("Config", details)}"""
+{_reproduce(config, command, versions)}"""
   write_text(path, page(title, summary, body))
+
+
+def write_benchmark_report(
+  path, *, title, summary, results, unscored, config, command, versions
+) -> None:
+  """Writes the HTML page of benchmarks, atomically. All text is escaped here: give it raw.
+
+  Args:
+    results: as in results.py, each with its "benchmark".
+    unscored: benchmark -> sentences that say which records were not scored, how many and why.
+    title, summary, config, command, versions: as of write_report.
+  Raises:
+    ValueError: a result lacks a key, or a share is not within 0 to 1.
+  """
+  check(results)
+  groups = by_benchmark(results)
+  parts = [
+    section(name, f"{_html_table(rows, extra=column())}{_sentences(unscored.get(name, ()))}")
+    for name, rows in groups.items()
+  ]
+  parts += [
+    section(name, f"<p>{EMPTY}</p>{_sentences(sentences)}")
+    for name, sentences in unscored.items()
+    if name not in groups
+  ]
+  note = (
+    f'<p class="note">{escape(source())}. Other models, other data: no comparison of methods.</p>'
+  )
+  body = f"""{"".join(parts)}
+{note}
+{_legend()}
+{_reproduce(config, command, versions)}"""
+  write_text(path, page(title, summary, body))
+
+
+def _legend():
+  """What the words of a table mean."""
+  kinds = "".join(
+    f"<div><h3>{kind.capitalize()}</h3>{_definitions(meanings)}</div>"
+    for kind, meanings in LEGEND.items()
+  )
+  return section("What the words mean", f'<div class="panels">{kinds}</div>')
+
+
+def _reproduce(config, command, versions):
+  """What to type, versions and the config."""
+  if not isinstance(config, str):
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    config = json.dumps(config, indent=2, default=str)
+  reproduce = f"<pre>{escape(command)}</pre>{_definitions(versions)}"
+  details = f"<details><summary>Show</summary><pre>{escape(config)}</pre></details>"
+  return f"{section('Reproduce', reproduce)}\n{section('Config', details)}"
+
+
+def _sentences(sentences):
+  return "".join(f'<p class="note">{escape(text)}</p>' for text in sentences)
 
 
 def page(title, summary, body, *, css=CSS):
@@ -99,15 +146,19 @@ def _definitions(meanings):
   return f"<dl>{''.join(pairs)}</dl>"
 
 
-def _html_table(results):
+def _html_table(results, *, extra=None):
   if not results:
     return f"<p>{EMPTY}</p>"
-  heads = (f"<th{' class=number' if i > 2 else ''}>{c}</th>" for i, c in enumerate(COLUMNS))
+  extra = extra or {}
+  names = (*COLUMNS, *extra.values())
+  heads = (f"<th{' class=number' if i > 2 else ''}>{c}</th>" for i, c in enumerate(names))
   rows = (
     "<tr>"
     + "".join(f"<td>{escape(str(r[key]))}</td>" for key in COLUMNS[:3])
     + f'<td class="number"><b>{percent(r)}</b> <span class="interval">{interval(r)}</span></td>'
-    + f'<td class="number">{escape(str(r["examples"]))}</td></tr>'
+    + f'<td class="number">{escape(str(r["examples"]))}</td>'
+    + "".join(f'<td class="number">{escape(str(r[key]))}</td>' for key in extra)
+    + "</tr>"
     for r in results
   )
   return (

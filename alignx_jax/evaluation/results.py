@@ -17,6 +17,7 @@ LEGEND = {
     "pba": "preference-bridged alignment: trained to read P̃, the user's preference directions",
     "pba_head": "the same through a learned bridge: P̃ inferred from behaviour, told as tokens",
     "pba_by_head": "pba that was trained on P̃ as text that a learned head inferred",
+    "dpo": "universal alignment, a baseline: trained on the same pairs without any persona",
     "length": "a control, no model",
   },
   "condition": {
@@ -39,9 +40,11 @@ COLUMNS = ("policy", "condition", "protocol", "accuracy % [95 % CI]", "pairs")
 EMPTY = "nothing measured"
 
 
-def format_table(results) -> str:
+def format_table(results, *, extra=None) -> str:
   """The results, in the order given, as a Markdown table that also reads well in a terminal.
 
+  Args:
+    extra: further columns, key in a result to heading.
   Raises:
     ValueError: a result lacks a key, or a share is not within 0 to 1.
   """
@@ -49,18 +52,25 @@ def format_table(results) -> str:
   if not results:
     return EMPTY
   plain = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+  extra = extra or {}
+  heads = (*COLUMNS, *extra.values())
   rows = [
-    (*(plain(r[key]) for key in COLUMNS[:3]), f"{percent(r)} {interval(r)}", str(r["examples"]))
+    (
+      *(plain(r[key]) for key in COLUMNS[:3]),
+      f"{percent(r)} {interval(r)}",
+      str(r["examples"]),
+      *(plain(r[key]) for key in extra),
+    )
     for r in results
   ]
-  widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+  widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
   line = lambda cells: "| " + " | ".join(cells) + " |"
   fit = lambda row: [
     cell.ljust(width) if i < 3 else cell.rjust(width)
     for i, (cell, width) in enumerate(zip(row, widths, strict=True))
   ]
   rule = ["-" * width if i < 3 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-  return "\n".join(line(cells) for cells in (fit(COLUMNS), rule, *map(fit, rows)))
+  return "\n".join(line(cells) for cells in (fit(heads), rule, *map(fit, rows)))
 
 
 def write_results(path, results) -> None:
