@@ -12,7 +12,7 @@ from alignx_jax.training import mesh as meshes
 from alignx_jax.training.bridge import SPACE
 from alignx_jax.training.run_config import run_config
 
-OBJECTIVES = ("ica", "pba")
+OBJECTIVES = ("ica", "pba", "dpo")
 # Fields of config.objective that one loss alone has.
 OF_ONE_LOSS = {"label_smoothing": "sigmoid", "target_margin": "simpo"}
 

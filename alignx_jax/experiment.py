@@ -43,6 +43,8 @@ CONDITIONS = {
   ("ica", "head"): "persona",
   ("pba", "text"): "inferred",
   ("pba", "head"): "bridge",
+  ("dpo", "text"): "none",
+  ("dpo", "head"): "none",
 }
 
 

@@ -71,7 +71,8 @@ def get_config() -> ConfigDict:
   config.regions.parts = 64  # the most acts and other parts of personas in a row
 
   config.objective = ConfigDict()
-  config.objective.name = "ica"  # "ica": π(y|x,P); "pba": π(y|x,P̃)
+  # "ica": π(y|x,P); "pba": π(y|x,P̃); "dpo": π(y|x), the same for every user.
+  config.objective.name = "ica"
   # "sigmoid": DPO; "ipo"; "hinge"; "simpo", without a reference (objectives/losses.py).
   config.objective.loss = "sigmoid"
   config.objective.beta = 0.1  # β, per nat; of "simpo" the rewards' scale, usually 2 or more

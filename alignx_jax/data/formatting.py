@@ -92,9 +92,9 @@ class Formatting:
     """How the reference of the DPO loss is prompted: as the policy.
 
     It cannot read the tokens of a learned bridge, so there its prompt is the policy's without
-    them, in which nothing is drawn.
+    them. In that, as in any that says nothing of the user, nothing is drawn.
     """
-    if self.condition != "bridge":
+    if self.condition not in ("bridge", "none"):
       return self
     regions = dataclasses.replace(self.regions, persona=0, parts=0)
     return dataclasses.replace(self, condition="none", history=HistoryPolicy(), regions=regions)

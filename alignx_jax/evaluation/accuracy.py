@@ -29,6 +29,7 @@ CONDITIONS = {
   "pba": ("inferred", "golden", "shuffled", "none"),
   "pba_by_head": ("profile", "golden", "shuffled", "none"),
   "pba_head": ("inferred", "golden", "shuffled", "none"),
+  "dpo": ("none",),
 }
 
 

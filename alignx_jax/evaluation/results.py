@@ -17,6 +17,7 @@ LEGEND = {
     "pba": "preference-bridged alignment: trained to read P̃, the user's preference directions",
     "pba_head": "the same through a learned bridge: P̃ inferred from behaviour, told as tokens",
     "pba_by_head": "pba that was trained on P̃ as text that a learned head inferred",
+    "dpo": "universal DPO: trained without personas, one policy for all users",
     "length": "a control, no model",
   },
   "condition": {
