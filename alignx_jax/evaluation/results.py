@@ -14,7 +14,8 @@ LEGEND = {
     "base": "the model before alignment",
     "start": "the aligned model that a run began from (config.bridge.start), here the reference",
     "ica": "in-context alignment: trained to read the raw persona P",
-    "pba": "preference-bridged alignment: trained to read P̃, the user's preference directions",
+    "pba": "preference-bridged alignment by label averaging: trained to read P̃, the user's "
+    "preference directions, as the labels of the history average to, as text",
     "pba_head": "the same through a learned bridge: P̃ inferred from behaviour, told as tokens",
     "pba_by_head": "pba that was trained on P̃ as text that a learned head inferred",
     "dpo": "universal DPO: trained without personas, one policy for all users",
@@ -22,7 +23,8 @@ LEGEND = {
   },
   "condition": {
     "persona": "the policy reads the raw persona (ICA)",
-    "inferred": "P̃ inferred: by pba from the labels of the history, by pba_head without any",
+    "inferred": "P̃ inferred: by pba averaged from the labels of the history, by pba_head without "
+    "any",
     "profile": "P̃ as text that the learned head inferred, or as the record has it",
     "golden": "P̃ from the record's label, the ceiling",
     "shuffled": "another user's persona or P̃, the floor",
