@@ -178,10 +178,8 @@ class Loader:
     """
     place = self.stream[position]
     example = self.examples[place.example]
-    persona = example.persona
-    if self.formatting.history.random:
-      rng = history_rng(self.seed or 0, place.epoch, example.id)
-      persona = sample_history(persona, self.formatting.history, rng)
+    rng = history_rng(self.seed or 0, place.epoch, example.id)
+    persona = sample_history(example.persona, self.formatting.history, rng)
     return place, tokenise(example, self.formatting, persona)
 
   @functools.cached_property
