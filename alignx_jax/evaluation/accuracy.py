@@ -253,6 +253,24 @@ def evaluate_base(base: Scorer, policies: Sequence[str]) -> list[dict]:
   return results
 
 
+def few_shot(base: Scorer) -> list[dict]:
+  """Few-shot prompting: the untrained base reads a persona, which holds examples of choices.
+
+  That is all of it; the compared pairs alone, as the examples; and, as the floor, the persona of
+  another user.
+  """
+  reads = {
+    "persona": (),
+    "pairs": (False, HistoryPolicy(kinds=("pair",))),
+    "shuffled": (True,),
+  }
+  results = []
+  for condition, key in reads.items():
+    ratio = base.score("persona", *key) - base.score("none")
+    results += accuracy_rows(base.name, condition, "unconditioned", base.examples, ratio)
+  return results
+
+
 def accuracy_rows(policy, condition, protocol, examples, ratio) -> list[dict]:
   """One row, or none where the condition could not be scored at all."""
   margin = ratio[:, 0] - ratio[:, 1]

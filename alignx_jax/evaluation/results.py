@@ -11,7 +11,7 @@ from alignx_jax.files import write_text
 
 LEGEND = {
   "policy": {
-    "base": "the model before alignment",
+    "base": "the model before alignment; where it reads a persona, few-shot prompting",
     "start": "the aligned model that a run began from (config.bridge.start), here the reference",
     "ica": "in-context alignment: trained to read the raw persona P",
     "pba": "preference-bridged alignment by label averaging: trained to read P̃, the user's "
@@ -22,7 +22,8 @@ LEGEND = {
     "length": "a control, no model",
   },
   "condition": {
-    "persona": "the policy reads the raw persona (ICA)",
+    "persona": "the raw persona is read",
+    "pairs": "of the raw persona the compared pairs alone",
     "inferred": "P̃ inferred: by pba averaged from the labels of the history, by pba_head without "
     "any",
     "profile": "P̃ as text that the learned head inferred, or as the record has it",
