@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from alignx_jax import experiment as experiments
-from alignx_jax.config_checks import check_names, has_head
+from alignx_jax.config_checks import check_names, has_head, has_latent
 from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.records import RecordError
 from alignx_jax.data.tokenizers import Tokenizer
@@ -146,6 +146,11 @@ def load_policy(
     config.mesh, config.train.devices = given.mesh, given.train.devices
   check_names(config)
   infer = None
+  if has_latent(config) and workdir is not None:
+    raise ValueError(
+      f"{workdir} reads a latent user variable ('vpl'), which only scores responses; give the "
+      "--workdir of a run with another objective."
+    )
   if has_head(config):
     if workdir is None:
       raise ValueError(

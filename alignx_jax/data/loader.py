@@ -271,7 +271,7 @@ class _Lane:
       regions,
       indices=[place.slot for place in places],
       references=references,
-      dimensions=len(loader.formatting.space_of_bridge),
+      dimensions=loader.formatting.dimensions,
       preferences=preferences,
     )
     self._window = [item for i, item in enumerate(self._window) if i not in taken]

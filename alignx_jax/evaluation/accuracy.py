@@ -30,6 +30,7 @@ CONDITIONS = {
   "pba_by_head": ("profile", "golden", "shuffled", "none"),
   "pba_head": ("inferred", "golden", "shuffled", "none"),
   "dpo": ("none",),
+  "vpl": ("inferred", "shuffled", "none"),
 }
 
 
@@ -207,9 +208,38 @@ class BridgeScorer:
     return preferences_XPK
 
 
+@dataclasses.dataclass
+class LatentScorer:
+  """Scores of a policy that reads the mean of a latent user variable, each computed once.
+
+  Attributes:
+    log_probs: Rows with personas, or without for z = 0, to response log-probs [B, E, N].
+    formatting: of the policy; its history is replaced as needed.
+  """
+
+  name: str
+  log_probs: Callable[[Rows], np.ndarray]
+  examples: Sequence[Example]
+  formatting: Formatting
+  rows: int
+
+  def __post_init__(self):
+    self.score = functools.cache(self._score)
+
+  def _score(
+    self, condition: str, shuffle: bool = False, history: HistoryPolicy = HistoryPolicy()
+  ) -> np.ndarray:
+    examples = shuffled(self.examples) if shuffle else self.examples
+    formatting = self.formatting if condition == "inferred" else self.formatting.of_reference()
+    formatting = dataclasses.replace(formatting, history=history)
+    loader = Loader(examples, formatting, rows=self.rows)
+    label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
+    return score_stream(self.log_probs, loader, describe=label)
+
+
 def evaluate_policy(
   policy: str,
-  scorer: "Scorer | BridgeScorer",
+  scorer: "Scorer | BridgeScorer | LatentScorer",
   base: Scorer,
   *,
   protocols: Sequence[str] = PROTOCOLS,
@@ -217,8 +247,8 @@ def evaluate_policy(
   """Alignment accuracy of a trained policy under each condition it has and protocol.
 
   A condition that no record has (no labels, so no golden P̃) gives no row. The reference
-  cannot read a learned bridge's tokens: there its prompt is the policy's without them, so
-  `matched` and `unconditioned` are one.
+  cannot read a learned bridge's tokens or a latent variable: there its prompt is the policy's
+  without them, so `matched` and `unconditioned` are one.
 
   Args:
     policy: a key of CONDITIONS.
@@ -231,7 +261,7 @@ def evaluate_policy(
     references = {"matched": key, "release": ("persona",), "unconditioned": ("none",)}
     if condition == "shuffled":
       references["release"] = ("persona", True)
-    if isinstance(scorer, BridgeScorer):
+    if isinstance(scorer, BridgeScorer | LatentScorer):
       references["matched"] = references.pop("unconditioned")
       protocols = dict.fromkeys("matched" if p == "unconditioned" else p for p in protocols)
     # Without a persona there is one prompt, hence one protocol.

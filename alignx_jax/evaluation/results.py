@@ -19,22 +19,24 @@ LEGEND = {
     "pba_head": "the same through a learned bridge: P̃ inferred from behaviour, told as tokens",
     "pba_by_head": "pba that was trained on P̃ as text that a learned head inferred",
     "dpo": "universal DPO: trained without personas, one policy for all users",
+    "vpl": "variational preference learning: a latent user variable z, inferred from the user's "
+    "pairs, moves soft tokens of the prompt",
     "length": "a control, no model",
   },
   "condition": {
     "persona": "the raw persona is read",
     "pairs": "of the raw persona the compared pairs alone",
     "inferred": "P̃ inferred: by pba averaged from the labels of the history, by pba_head without "
-    "any",
+    "any; by vpl the mean of z",
     "profile": "P̃ as text that the learned head inferred, or as the record has it",
     "golden": "P̃ from the record's label, the ceiling",
-    "shuffled": "another user's persona or P̃, the floor",
-    "none": "no persona",
+    "shuffled": "another user's persona, P̃ or z, the floor",
+    "none": "no persona; of vpl z = 0",
     "N acts": "the policy's first condition, where it knows N acts of the user",
     "length": "the longer response wins, no model",
   },
   "protocol": {
-    "matched": "reference scored on the same prompt (of pba_head, without its tokens)",
+    "matched": "reference scored on the same prompt (of pba_head and vpl, without what they infer)",
     "release": "reference scored on the raw-persona prompt, as the AlignX release does",
     "unconditioned": "the reference is the untrained base without any persona",
   },
