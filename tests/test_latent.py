@@ -35,8 +35,8 @@ def model(start):
   """One that has learned something: of no parameter is the value special."""
   graph, params = nnx.split(start)
   rng = np.random.default_rng(0)
-  for leaf in jax.tree.leaves(params["latent"], is_leaf=lambda x: isinstance(x, nnx.Variable)):
-    leaf[...] = leaf[...] + jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), jnp.float32)
+  learnt = lambda x: x + jnp.asarray(rng.normal(size=x.shape, scale=0.3), jnp.float32)
+  params = nnx.State({**params, "latent": jax.tree.map(learnt, params["latent"])})
   return nnx.merge(graph, params)
 
 

@@ -69,6 +69,12 @@ def format_table(results) -> str:
   return "\n".join(line(cells) for cells in (fit(COLUMNS), rule, *map(fit, rows)))
 
 
+def format_policies(results) -> str:
+  """A line for each policy of the results: what it is."""
+  policies = dict.fromkeys(r["policy"] for r in results)
+  return "\n".join(f"{name}: {LEGEND['policy'].get(name, '')}" for name in policies)
+
+
 def write_results(path, results) -> None:
   """Writes the results, every key of them, as a JSON list; atomically.
 
