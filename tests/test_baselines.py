@@ -10,8 +10,6 @@ from alignx_jax import measuring
 from alignx_jax.training.metrics import read_metrics
 from tests.small_records import small_config, write_small_records
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
-
 
 @pytest.fixture(scope="module")
 def universal(tmp_path_factory):

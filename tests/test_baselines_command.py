@@ -2,14 +2,11 @@
 
 import json
 
-import pytest
-
 from alignx_jax import baselines
 from alignx_jax.evaluation.results import LEGEND, format_policies
 from configs import baselines_simulated
 
 
-@pytest.mark.usefixtures("programs_are_kept")
 def test_every_baseline_is_measured_with_its_controls_beside_the_others(tmp_path):
   config = baselines_simulated.get_config()
   config.model.weights = "preset:tiny"

@@ -19,7 +19,6 @@ from alignx_jax.personas.prompts import PART_KINDS
 
 Z, T = 5, 3
 REGIONS = Regions(context=40, response=24, examples=3, persona=128, parts=12)
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
 
 
 @pytest.fixture(scope="module")
