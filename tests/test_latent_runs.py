@@ -120,14 +120,17 @@ def test_a_run_is_measured_with_its_controls_and_says_what_z_does(trained, capsy
 
 def test_conditions_give_the_policy_ones_own_z_anothers_and_none(trained):
   experiment, _, params, _ = trained
+  # What a few steps leave small is made large.
+  soft = lambda path: "token_ZTD" in jax.tree_util.keystr(path)
+  params = jax.tree_util.tree_map_with_path(lambda p, x: x * 30 if soft(p) else x, params)
   scorer = measuring.policy_scorer(experiment, params, None)
   own, other, none = (scorer.score(*key) for key in (("inferred",), ("inferred", True), ("none",)))
   silent = np.array([not example.persona.pairs for example in experiment.test])
   assert silent.any() and not silent.all()
   # Of a user without pairs z is 0, which is no z at all.
-  np.testing.assert_allclose(own[silent], none[silent], atol=1e-5)
+  np.testing.assert_allclose(own[silent], none[silent], atol=1e-4)
   for one, another in ((own, none), (own, other)):
-    assert (np.abs(one - another)[~silent] > 1e-4).any(axis=1).all()
+    assert (np.abs(one - another)[~silent] > 1e-3).any(axis=1).all()
 
 
 @pytest.mark.parametrize(
