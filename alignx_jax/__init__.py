@@ -10,6 +10,7 @@ Array names end in one letter per axis. The one legend:
   E  examples of a row          A  width of one head
   P  preference dimensions, 90  F  width of the feed-forward layer
   U  persona region             Q  poles of a dimension, 2: 0 is negative
+  Z  latent user variable       M  width of what encodes it
 
 `S` and `T` stand for query and key positions where an array holds both, and a
 leading `X` for any stack of layers, users or parts of personas. After `P`, `K` stands for the

@@ -12,7 +12,7 @@ from alignx_jax.training import mesh as meshes
 from alignx_jax.training.bridge import SPACE
 from alignx_jax.training.run_config import run_config
 
-OBJECTIVES = ("ica", "pba", "dpo")
+OBJECTIVES = ("ica", "pba", "dpo", "vpl")
 # Fields of config.objective that one loss alone has.
 OF_ONE_LOSS = {"label_smoothing": "sigmoid", "target_margin": "simpo"}
 
@@ -20,6 +20,11 @@ OF_ONE_LOSS = {"label_smoothing": "sigmoid", "target_margin": "simpo"}
 def has_head(config) -> bool:
   """Whether a config's policy reads P̃ through a learned bridge."""
   return config.objective.name == "pba" and config.bridge.kind == "head"
+
+
+def has_latent(config) -> bool:
+  """Whether a config's policy reads a latent user variable."""
+  return config.objective.name == "vpl"
 
 
 def check_names(config) -> None:
@@ -78,12 +83,16 @@ def check_sizes(config, mesh: Mesh) -> None:
     raise ValueError(
       f"config.eval.protocols has {sorted(unknown)[0]!r}; there are {', '.join(PROTOCOLS)}."
     )
-  check_bridge(config, mesh)
+  check_bridge(config)
+  if has_latent(config):
+    check_latent(config)
+  if has_head(config) or has_latent(config):
+    check_personas(config, mesh)
 
 
-def check_bridge(config, mesh: Mesh) -> None:
+def check_bridge(config) -> None:
   """Raises ValueError, naming the field, on what a learned bridge cannot be or be made of."""
-  bridge, sizes = config.bridge, config.regions
+  bridge = config.bridge
   if not has_head(config):
     for field in ("alone", "new_only", "start"):
       if bridge[field]:
@@ -92,11 +101,6 @@ def check_bridge(config, mesh: Mesh) -> None:
           "config.bridge.kind to 'head'."
         )
     return
-  if sizes.layout:
-    raise ValueError(
-      f"config.regions.layout is {sizes.layout!r}; there are no proposals for rows with a learned "
-      "bridge: empty it, and set config.regions.prompt, response, persona and parts."
-    )
   if bridge.new_only and not (bridge.alone and bridge.start):
     raise ValueError(
       "config.bridge.new_only trains the dimensions that config.bridge.start has not, beside a "
@@ -110,10 +114,37 @@ def check_bridge(config, mesh: Mesh) -> None:
   for field in ("label_weight", "act_weight", "forcing_share", "threshold"):
     if bridge[field] < 0:
       raise ValueError(f"config.bridge.{field} is {bridge[field]}; set it to 0 or more.")
+
+
+def check_latent(config) -> None:
+  """Raises ValueError, naming the field, on what a latent user variable cannot be or read."""
+  for field in ("size", "tokens", "width"):
+    if config.latent[field] < 1:
+      raise ValueError(f"config.latent.{field} is {config.latent[field]}; set it to 1 or more.")
+  for field in ("kl_weight", "annealing_share"):
+    if config.latent[field] < 0:
+      raise ValueError(f"config.latent.{field} is {config.latent[field]}; set it to 0 or more.")
+  if "pair" not in config.history.kinds:
+    raise ValueError(
+      f"config.history.kinds is {tuple(config.history.kinds)}; the objective 'vpl' reads compared "
+      "pairs alone: add 'pair'."
+    )
+
+
+def check_personas(config, mesh: Mesh) -> None:
+  """Raises ValueError, naming the field, on rows that cannot hold personas beside prompts."""
+  sizes = config.regions
+  if sizes.layout:
+    raise ValueError(
+      f"config.regions.layout is {sizes.layout!r}; there are no proposals for rows with a learned "
+      "bridge or a latent variable: empty it, and set config.regions.prompt, response, persona and "
+      "parts."
+    )
   for field in ("prompt", "persona", "parts"):
     if sizes[field] < 1:
       raise ValueError(
-        f"config.regions.{field} is {sizes[field]}; a learned bridge needs 1 or more."
+        f"config.regions.{field} is {sizes[field]}; a learned bridge or a latent variable needs 1 "
+        "or more."
       )
   context = mesh.shape["context"]
   if sizes.persona % context:

@@ -10,7 +10,14 @@ from jax.sharding import Mesh
 
 from alignx_jax.ahead import flops
 from alignx_jax.ahead.chips import peak_flops
-from alignx_jax.config_checks import check_names, check_sizes, check_start, has_head, head_config
+from alignx_jax.config_checks import (
+  check_names,
+  check_sizes,
+  check_start,
+  has_head,
+  has_latent,
+  head_config,
+)
 from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.data.prepared import PreparedExamples, is_prepared, prepared_space
@@ -23,6 +30,7 @@ from alignx_jax.data.tokenizers import Tokenizer, find_file, load_tokenizer
 from alignx_jax.files import as_path
 from alignx_jax.models.bridge import BridgeParam, add_bridge
 from alignx_jax.models.decoder import Decoder
+from alignx_jax.models.latent import add_latent
 from alignx_jax.models.lora import LoraParam, add_lora, merged_base, split_trainable
 from alignx_jax.models.presets import Architecture, get_architecture
 from alignx_jax.models.pretrained import load_decoder, read_architecture
@@ -45,6 +53,8 @@ CONDITIONS = {
   ("pba", "head"): "bridge",
   ("dpo", "text"): "none",
   ("dpo", "head"): "none",
+  ("vpl", "text"): "latent",
+  ("vpl", "head"): "latent",
 }
 
 
@@ -183,7 +193,7 @@ def make_formatting(config, tokenizer: Tokenizer, space: PreferenceSpace) -> For
 def configured_regions(config) -> Regions:
   """The sizes that config.regions gives by hand."""
   sizes = config.regions
-  if has_head(config):
+  if has_head(config) or has_latent(config):
     return Regions(sizes.prompt, sizes.response, sizes.examples, sizes.persona, sizes.parts)
   return Regions(sizes.context, sizes.response, sizes.examples)
 
@@ -217,7 +227,7 @@ def bridge_dimensions(config, space: PreferenceSpace) -> int:
 
 def _with_regions(config, formatting: Formatting) -> Formatting:
   """The formatting with the proposed regions that config.regions.layout names, if any."""
-  if not config.regions.layout or formatting.condition == "bridge":
+  if not config.regions.layout or has_head(config) or has_latent(config):
     return formatting
   regions = proposed_regions(config.data.path, formatting, config.regions.layout)
   return dataclasses.replace(formatting, regions=regions)
@@ -265,11 +275,14 @@ def abstract_model(config, arch, *, platform: str, dimensions: int = 0) -> Decod
 
 
 def _add_parts(config, model: Decoder, dimensions: int, *, seed: int) -> None:
-  """Gives a model what a config trains beside it: an adapter, a bridge."""
+  """Gives a model what a config trains beside it: an adapter, a bridge, a latent variable."""
   if config.lora.rank:
     add_lora(model, rank=config.lora.rank, alpha=config.lora.alpha, rngs=nnx.Rngs(seed + 1))
   if dimensions:
     add_bridge(model, dimensions, size=config.bridge.size, rngs=nnx.Rngs(seed + 2))
+  if has_latent(config):
+    sizes = {field: config.latent[field] for field in ("size", "tokens", "width")}
+    add_latent(model, **sizes, rngs=nnx.Rngs(seed + 3))
 
 
 def load_params(config, model: Decoder, mesh: Mesh, *, base: nnx.State | None = None) -> nnx.State:
@@ -298,7 +311,7 @@ def load_params(config, model: Decoder, mesh: Mesh, *, base: nnx.State | None = 
   else:
     shardings = lambda params: meshes.param_shardings(params, mesh)
     base = nnx.state(load_decoder(find_file(weights), shardings=shardings, **options))
-  if not config.lora.rank and not count_dimensions(model):
+  if not (config.lora.rank or count_dimensions(model) or has_latent(config)):
     return base
   beside = lambda state: nnx.split_state(state, (LoraParam, BridgeParam), ...)[0]
   return nnx.merge_state(base, initial(beside))
@@ -355,7 +368,7 @@ def load_tokenizer_and_model(
       f"The tokenizer has {tokenizer.vocab_size} ids and the model {weights} embeds "
       f"{model.arch.vocab_size}; set config.model.tokenizer to the model's own."
     )
-  field = "prompt" if has_head(config) else "context"
+  field = "prompt" if has_head(config) or has_latent(config) else "context"
   longest = config.regions[field] + config.regions.response
   if longest > model.arch.max_positions:
     raise ValueError(
@@ -396,7 +409,7 @@ def _ideal_seconds(experiment: Experiment) -> float | None:
   """Of a training step of full rows at the peak of all devices; None where that is not known."""
   config, model = experiment.config, experiment.model
   peak = peak_flops(experiment.mesh.devices.flat[0])
-  if peak is None:
+  if peak is None or has_latent(config):  # whose encoder's FLOPs are not counted
     return None
   needed = flops.train_flops(
     model.arch,

@@ -32,7 +32,7 @@ def export(config, workdir: Path, output: Path) -> None:
 
   from alignx_jax import experiment as experiments
   from alignx_jax.bridges import save_bridge, told_by
-  from alignx_jax.config_checks import has_head
+  from alignx_jax.config_checks import has_head, has_latent
   from alignx_jax.data.tokenizers import find_file
   from alignx_jax.models.lora import merge_lora
   from alignx_jax.models.peft import factors_of, save_adapter
@@ -43,6 +43,11 @@ def export(config, workdir: Path, output: Path) -> None:
   for name, taken in (("the workdir", workdir), ("the base model", config.model.weights)):
     if output.resolve() == Path(taken).resolve():
       raise ValueError(f"--output {output} is {name} itself; give another directory.")
+  if has_latent(config):
+    raise ValueError(
+      "A policy that reads a latent user variable ('vpl') is no plain decoder: without its encoder "
+      "it could not be used elsewhere, so it is not exported."
+    )
   experiment = told_by(experiments.load_experiment(config))
   params = experiments.trained_params(experiment, workdir)
   model = nnx.merge(nnx.graphdef(experiment.model), params)

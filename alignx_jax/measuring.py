@@ -8,10 +8,12 @@ import numpy as np
 from flax import nnx
 
 from alignx_jax.bridges import inferred_logits, preference_rows, temperature_of
-from alignx_jax.config_checks import has_head
+from alignx_jax.config_checks import has_head, has_latent
+from alignx_jax.data.loader import Loader
 from alignx_jax.evaluation.accuracy import (
   CONDITIONS,
   BridgeScorer,
+  LatentScorer,
   Scorer,
   accuracy_rows,
   evaluate_base,
@@ -19,11 +21,12 @@ from alignx_jax.evaluation.accuracy import (
   length_control,
 )
 from alignx_jax.evaluation.calibration import format_preference_table, softmax
+from alignx_jax.evaluation.latents import latent_results, summarise
 from alignx_jax.evaluation.results import format_table, write_results
 from alignx_jax.experiment import Experiment, make_formatting
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.training import hosts
-from alignx_jax.training.reference import LogProbs
+from alignx_jax.training.reference import LogProbs, posterior_stream
 
 
 def policy_name(config) -> str:
@@ -51,7 +54,7 @@ def base_results(experiment: Experiment, base: Scorer, policies) -> list[dict]:
 
 
 def policy_results(
-  experiment: Experiment, policy: "Scorer | BridgeScorer", base: Scorer
+  experiment: Experiment, policy: "Scorer | BridgeScorer | LatentScorer", base: Scorer
 ) -> list[dict]:
   """Rows of results.json of a trained policy, with its controls."""
   name, protocols = policy_name(experiment.config), experiment.config.eval.protocols
@@ -60,7 +63,7 @@ def policy_results(
 
 def policy_scorer(
   experiment: Experiment, params: nnx.State, workdir: Path
-) -> "Scorer | BridgeScorer":
+) -> "Scorer | BridgeScorer | LatentScorer":
   """Scores of trained parameters on the test pairs.
 
   Args:
@@ -68,14 +71,16 @@ def policy_scorer(
   """
   if has_head(experiment.config):
     return bridge_scorer(experiment, params, workdir)
+  if has_latent(experiment.config):
+    return latent_scorer(experiment, params)
   return text_scorer(experiment, policy_name(experiment.config), params)
 
 
 def measure(experiment: Experiment, params: nnx.State, workdir: Path) -> None:
-  """Evaluates one run: controls, base and policy, and what its bridge infers if it has one.
+  """Evaluates one run: controls, base and policy, and what its bridge or encoder infers.
 
-  Writes results.json (and preferences.json) and prints them as tables; of several processes the
-  first does.
+  Writes results.json (and preferences.json, or latent.json) and prints them; of several processes
+  the first does.
   """
   base = base_scorer(experiment)
   name = policy_name(experiment.config)
@@ -85,6 +90,7 @@ def measure(experiment: Experiment, params: nnx.State, workdir: Path) -> None:
   preferences = []
   if has_head(experiment.config):
     preferences = preference_rows(experiment, policy.inferred_XPK)
+  latents = latents_of(experiment, params) if has_latent(experiment.config) else []
   if not hosts.is_first():
     return
   write_results(workdir / "results.json", results)
@@ -92,6 +98,9 @@ def measure(experiment: Experiment, params: nnx.State, workdir: Path) -> None:
   if preferences:
     write_results(workdir / "preferences.json", preferences)
     print(f"\n{format_preference_table(preferences)}")
+  if latents:
+    write_results(workdir / "latent.json", latents)
+    print(f"\n{summarise(latents)}")
 
 
 def validation_accuracy(experiment: Experiment) -> Callable[[nnx.State], float]:
@@ -106,13 +115,15 @@ def validation_accuracy(experiment: Experiment) -> Callable[[nnx.State], float]:
     )
   experiment = dataclasses.replace(experiment, test=experiment.validation)
   name, head = policy_name(experiment.config), has_head(experiment.config)
-  condition = CONDITIONS[name][0]
-  reference_XN = base_scorer(experiment).score("none" if head else condition)
+  condition, latent = CONDITIONS[name][0], has_latent(experiment.config)
+  reference_XN = base_scorer(experiment).score("none" if head or latent else condition)
 
   def evaluate(params) -> float:
     if head:
       inferred_XPK = softmax(inferred_logits(experiment, params, experiment.test))
       policy = _bridge_scorer(experiment, params, inferred_XPK)
+    elif latent:
+      policy = latent_scorer(experiment, params)
     else:
       policy = text_scorer(experiment, name, params)
     ratio_XN = policy.score(condition) - reference_XN
@@ -148,6 +159,20 @@ def _bridge_scorer(experiment, params, inferred_XPK) -> BridgeScorer:
     experiment.config.eval.rows,
     inferred_XPK,
   )
+
+
+def latent_scorer(experiment: Experiment, params: nnx.State) -> LatentScorer:
+  """Scores of a policy with a latent user variable on the test pairs."""
+  log_probs, rows = LogProbs.of(experiment, params), experiment.config.eval.rows
+  return LatentScorer("vpl", log_probs, experiment.test, experiment.formatting, rows)
+
+
+def latents_of(experiment: Experiment, params: nnx.State) -> list[dict]:
+  """What a latent user variable says of the users of the test split, by dimension."""
+  formatting = dataclasses.replace(experiment.formatting, history=HistoryPolicy())
+  loader = Loader(experiment.test, formatting, rows=experiment.config.eval.rows)
+  log_probs = LogProbs.of(experiment, params)
+  return latent_results(posterior_stream(log_probs, loader, describe="inferring latents"))
 
 
 def text_scorer(experiment: Experiment, name: str, params: nnx.State) -> Scorer:

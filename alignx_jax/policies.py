@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from alignx_jax import experiment as experiments
-from alignx_jax.config_checks import check_names, has_head
+from alignx_jax.config_checks import check_names, has_head, has_latent
 from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.records import RecordError
 from alignx_jax.data.tokenizers import Tokenizer
@@ -187,6 +187,11 @@ def load_model(config, workdir: str | Path | None, *, condition: str = "") -> Lo
     config.mesh, config.train.devices = given.mesh, given.train.devices
   check_names(config)
   infer = None
+  if has_latent(config) and workdir is not None:
+    raise ValueError(
+      f"{workdir} reads a latent user variable ('vpl'), which only scores responses; give the "
+      "--workdir of a run with another objective."
+    )
   if has_head(config):
     if workdir is None:
       raise ValueError(

@@ -16,10 +16,10 @@ from alignx_jax.files import as_path
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.objectives.losses import PreferenceLoss, reference_kind
 from alignx_jax.training import mesh as meshes
-from alignx_jax.training.bridge import bridge_objective, label_sample
+from alignx_jax.training.bridge import objective_beside
 from alignx_jax.training.reference import LogProbs, cached_reference, fingerprint
 from alignx_jax.training.run_config import check_run_config
-from alignx_jax.training.steps import count_dimensions, mean_gradient
+from alignx_jax.training.steps import mean_gradient
 
 
 def replay(experiment: Experiment, workdir: Path, file: str) -> str:
@@ -47,11 +47,7 @@ def replay(experiment: Experiment, workdir: Path, file: str) -> str:
   del base  # room for what is restored
   params = restored_params(experiment)
   trained, frozen = split_trainable(params, bridge_alone=config.bridge.alone)
-  bridge = None
-  if count_dimensions(experiment.model):
-    labels_XP = label_sample(loader.examples, loader.formatting)
-    space = loader.formatting.space_of_bridge
-    bridge = bridge_objective(config, space, labels_XP, body["steps"])
+  beside = objective_beside(config, experiment.model, loader, body["steps"])
 
   @jax.jit
   def look(params, rows, step):
@@ -64,7 +60,7 @@ def replay(experiment: Experiment, workdir: Path, file: str) -> str:
       chunk=config.train.head_chunk,
       accumulation=1,
       online=reference_kind(config) == "online",
-      bridge=bridge,
+      bridge=beside,
       step=step,
     )
     bad = jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x)), gradient)

@@ -65,13 +65,15 @@ def get_config() -> ConfigDict:
   config.regions.context = 1024
   config.regions.response = 256
   config.regions.examples = 16
-  # With a learned bridge instead of `context`: its prompts, without the persona, and personas.
+  # With a learned bridge or a latent variable instead of `context`: prompts without the persona,
+  # and personas.
   config.regions.prompt = 512
   config.regions.persona = 1024
   config.regions.parts = 64  # the most acts and other parts of personas in a row
 
   config.objective = ConfigDict()
-  # "ica": π(y|x,P); "pba": π(y|x,P̃); "dpo": π(y|x), one policy for all users, a baseline.
+  # "ica": π(y|x,P); "pba": π(y|x,P̃). Baselines: "dpo": π(y|x), the same for every user; "vpl":
+  # π(y|x,z), of a latent variable z inferred from the user's pairs.
   config.objective.name = "ica"
   # "sigmoid": DPO; "ipo"; "hinge"; "simpo", without a reference (objectives/losses.py).
   config.objective.loss = "sigmoid"
@@ -100,6 +102,15 @@ def get_config() -> ConfigDict:
   config.bridge.dpo_gradient = True  # the DPO loss trains the head too
   config.bridge.alone = False  # train the bridge beside a frozen model
   config.bridge.new_only = False  # and of it the dimensions alone that bridge.start has not
+
+  # The latent user variable z of "vpl" (models/latent.py).
+  config.latent = ConfigDict()
+  config.latent.size = 16  # Z, its dimensions
+  config.latent.tokens = 4  # soft tokens of a prompt
+  config.latent.width = 128  # M, of the encoder of pairs
+  config.latent.learning_rate = 1e-2  # peak, of the encoder's and the soft tokens' parameters
+  config.latent.kl_weight = 1e-2  # of the divergence from the prior, in nats a user
+  config.latent.annealing_share = 0.5  # of the steps, in which that weight rises from 0
 
   config.reference = ConfigDict()
   # "cached": log-probs computed once and kept; "online": computed in each step by the policy

@@ -15,12 +15,13 @@ from alignx_jax.evaluation.accuracy import (
   bootstrap_interval,
   evaluate_base,
   evaluate_policy,
+  few_shot,
   length_control,
   result,
   shuffled,
 )
 from alignx_jax.experiment import make_formatting
-from alignx_jax.personas.persona import Persona, UserComment
+from alignx_jax.personas.persona import HistoryPolicy, Persona, UserComment
 from alignx_jax.personas.preferences import alignx_space
 
 SPACE, TOKENIZER = alignx_space(), load_tokenizer("bytes")
@@ -126,6 +127,23 @@ def test_a_policy_without_a_persona_has_one_figure():
   formatting = make_formatting(config, TOKENIZER, SPACE)
   context = tokenise(EXAMPLES[0], formatting, EXAMPLES[0].persona).context
   assert "note 0" not in TOKENIZER.decode(context) and "Tea?" in TOKENIZER.decode(context)
+
+
+def test_few_shot_prompting_reads_the_persona_its_pairs_or_anothers_persona():
+  base = _scorer()
+  table = {
+    ("persona",): [1, 1, 1, 0, 0],
+    ("persona", False, HistoryPolicy(kinds=("pair",))): [1, 1, 0, 0, 0],
+    ("persona", True): [1, 0, 0, 0, 0],
+    ("none",): [0] * 5,
+  }
+  base.score = lambda *key: np.stack([np.float32(table[key]), np.zeros(5)], axis=1)
+  found = {(r["policy"], *k): a for r in few_shot(base) for k, a in _accuracies([r]).items()}
+  assert found == {
+    ("fake", "persona", "unconditioned"): 0.6,
+    ("fake", "pairs", "unconditioned"): 0.4,
+    ("fake", "shuffled", "unconditioned"): 0.2,
+  }
 
 
 def test_pairs_that_were_refused_are_left_out_and_counted():

@@ -17,6 +17,7 @@ from alignx_jax.evaluation.accuracy import evaluate_policy
 from alignx_jax.evaluation.comparison import compare_rows, format_comparisons, read_rows
 from alignx_jax.evaluation.published import by_benchmark, format_benchmarks
 from alignx_jax.evaluation.record_table import SCHEMA, read_table, row_groups, user_of
+from alignx_jax.evaluation.results import percent
 from alignx_jax.export import export
 from tests.small_records import small_config, small_record, write_small_records
 
@@ -250,10 +251,12 @@ def test_published_figures_stand_beside_the_row_that_they_are_of(ica_results):
   assert "published % (8B models)" in text and "arXiv 2503.15463, Table 3" in text
 
 
-def test_the_page_has_every_figure_and_what_reproduces_it(ica, ica_results):
+def test_the_page_has_every_figure_and_what_reproduces_it(config, ica, ica_results, published):
+  names = ["test_ugc", "test_pair"]  # again: another test's run wrote the page since
+  run_benchmarks(load_subject(config, ica), ica, names, str(published), command="as typed")
   text = (ica / "benchmarks/report.html").read_text(encoding="utf-8")
   for row in ica_results[0]:
-    assert f"<b>{100 * row['accuracy']:.1f}</b>" in text
+    assert f"<b>{percent(row)}</b>" in text, row
   for expected in ("as typed", "pyarrow", "published % (8B models)", "not scored", "default-src"):
     assert expected in text
 

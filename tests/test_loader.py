@@ -430,6 +430,25 @@ def test_inferred_needs_directions_of_every_item_or_a_profile():
     infer_profile(known, partly, SPACE)
 
 
+@pytest.mark.parametrize("kind", ["ugc", "pair", "demo"])
+def test_kinds_and_order_are_shown_though_nothing_is_drawn(users, kind):
+  user = next(u for u in users if len(u.persona.comments) > 1 and u.persona.pairs)
+  acts = user.persona
+  texts = {
+    "ugc": [act.comment for act in acts.comments][::-1],
+    "pair": [text for act in acts.pairs[::-1] for text in (act.chosen, act.rejected)],
+    "demo": [acts.description],
+  }
+  form = formatting(history=HistoryPolicy(kinds=(kind,), order="reversed"))
+  (shown,) = context_texts(batches_of([user], form, rows=1)).values()
+  for other, expected in texts.items():
+    places = [shown.find(text) for text in expected]
+    if other == kind:
+      assert -1 not in places and places == sorted(places)
+    else:
+      assert set(places) == {-1}
+
+
 def test_inferred_uses_the_history_that_is_shown(users):
   user = next(user for user in users if len(user.persona.comments) > 1)
   shown = dataclasses.replace(user.persona, comments=user.persona.comments[:1], pairs=())

@@ -69,6 +69,19 @@ def test_commands_on_a_real_model(tmp_path, smollm2_path):
 
 
 @pytest.mark.slow
+def test_the_command_of_the_baselines(tmp_path):
+  (command,) = [command for command in COMMANDS if "alignx_jax.baselines" in command]
+  small = {"data.train_records": 8, "data.test_records": 4, "data.validation_records": 4}
+  flags = [f"--config.{name}={value}" for name, value in (small | {"train.steps": 1}).items()]
+  arguments = shlex.split(command.replace("runs/", f"{tmp_path}/")) + flags
+  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr[-3000:]
+  for policy in ("length", "base", "dpo", "pba", "vpl"):
+    assert f"| {policy:6} |" in done.stdout
+  assert "of 16 dimensions are active over 4 users" in done.stdout
+
+
+@pytest.mark.slow
 def test_the_command_that_sweeps(tmp_path):
   (command,) = [command for command in COMMANDS if "alignx_jax.sweep" in command]
   small = {"data.train_records": 8, "data.test_records": 4, "data.validation_records": 4}

@@ -36,7 +36,7 @@ def _assert_equal(a, b, **tolerance):
       np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("objective", ["ica", "pba"])
+@pytest.mark.parametrize("objective", ["ica", "pba", "dpo"])
 def test_loss_starts_at_log_two_and_falls(config, tmp_path, objective):
   config.objective.name = objective
   config.train.epochs = 3

@@ -19,7 +19,7 @@ from alignx_jax.ahead.advice import advise
 from alignx_jax.ahead.chips import Topology
 from alignx_jax.ahead.costs import program_costs
 from alignx_jax.ahead.report import Work, held_beside, make_report, out_of_memory_report
-from alignx_jax.config_checks import check_sizes, has_head
+from alignx_jax.config_checks import check_sizes, has_head, has_latent
 from alignx_jax.data.prepared import prepared_space
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import find_file, load_tokenizer
@@ -59,6 +59,11 @@ def compile_programs(
   """
   mesh = meshes.make_mesh(config.mesh, topology.devices)
   check_sizes(config, mesh)
+  if has_latent(config):
+    raise ValueError(
+      "The FLOPs of a latent user variable's encoder are not counted: set config.objective.name to "
+      "another than 'vpl', such as 'dpo', which needs somewhat less."
+    )
   arch = experiments.architecture(config)
   space = experiments.data_space(config)
   dimensions = experiments.bridge_dimensions(config, space)

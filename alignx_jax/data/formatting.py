@@ -20,7 +20,7 @@ from alignx_jax.personas.prompts import (
   render_response,
 )
 
-CONDITIONS = ("persona", "inferred", "profile", "golden", "bridge", "none")
+CONDITIONS = ("persona", "inferred", "profile", "golden", "bridge", "latent", "none")
 
 
 class Refused(Exception):
@@ -36,7 +36,8 @@ class Formatting:
     condition: what the policy is conditioned on: the raw `persona` (ICA), P̃ `inferred`
       from the labels of the history, as the record's `profile` has it, or `golden` from the
       record's label, all as text (PBA); P̃ as tokens of a learned `bridge`, before a prompt
-      that says nothing of the user; or `none`.
+      that says nothing of the user; a `latent` variable of the pairs, which moves such a
+      prompt's soft tokens; or `none`.
     history: which parts of a persona the prompt shows.
     space: of the records' directions.
     bridge_space: of a learned bridge; None if it is the records'.
@@ -76,13 +77,21 @@ class Formatting:
     return prompt_format(self.prompt).get("bos", chat_format(self.chat)["bos"])
 
   @property
+  def dimensions(self) -> int:
+    """P, of the labels that rows have; 0 where they have none."""
+    return 0 if self.condition == "latent" else len(self.space_of_bridge)
+
+  @property
   def space_of_bridge(self) -> PreferenceSpace:
     """The dimensions of a learned bridge."""
     return self.bridge_space or self.space
 
   def labels(self, directions_P: np.ndarray | None) -> np.ndarray | None:
-    """Directions in the space of a learned bridge as labels: 0, 1, 2; −1 where not known."""
-    if directions_P is None:
+    """Directions in the space of a learned bridge as labels: 0, 1, 2; −1 where not known.
+
+    None where they are not known at all, or nothing reads them.
+    """
+    if directions_P is None or not self.dimensions:
       return None
     if self.bridge_space is not None:
       directions_P = self.bridge_space.translate(directions_P, self.space)
@@ -91,10 +100,10 @@ class Formatting:
   def of_reference(self) -> "Formatting":
     """How the reference of the DPO loss is prompted: as the policy.
 
-    It cannot read the tokens of a learned bridge, so there its prompt is the policy's without
-    them, in which nothing is drawn.
+    It cannot read what is learned of a user, so there its prompt is the policy's without that.
+    In such a one, which says nothing of the user, nothing is drawn.
     """
-    if self.condition != "bridge":
+    if self.condition not in ("bridge", "latent", "none"):
       return self
     regions = dataclasses.replace(self.regions, persona=0, parts=0)
     return dataclasses.replace(self, condition="none", history=HistoryPolicy(), regions=regions)
@@ -120,7 +129,10 @@ def infer_profile(example: Example, persona: Persona, space: PreferenceSpace) ->
 
 
 def tokenise_parts(parts: Sequence[Part], formatting: Formatting) -> tuple[TokenisedPart, ...]:
-  """Token ids of what a learned bridge reads, each part a sequence by itself."""
+  """Token ids of what a learned bridge or the encoder of a latent variable reads.
+
+  Each part is a sequence by itself.
+  """
   tokenizer = formatting.tokenizer
   begin = [tokenizer.bos_id] if formatting.bos else []
   return tuple(
@@ -166,7 +178,7 @@ def tokenise(example: Example, formatting: Formatting, persona: Persona) -> Toke
   ]
   if max(map(len, responses)) > regions.response:
     raise Refused("response longer than its region")
-  if formatting.condition == "bridge":
+  if formatting.condition in ("bridge", "latent"):
     return _tokenise_for_bridge(example, formatting, persona, responses)
   condition = condition_of(example, persona, formatting)
   for dropped in range(len(persona.history) + 1):
@@ -196,9 +208,11 @@ def _tokenise_for_bridge(example, formatting, persona, responses) -> Tokenised:
     raise Refused("prompt longer than its region")
   if not regions.persona:
     return Tokenised(ids, *responses)
-  labels = formatting.labels(example.directions)
+  labels, post = formatting.labels(example.directions), example.post
+  if formatting.condition == "latent":
+    post, persona = "", Persona(pairs=persona.pairs)
   for dropped in range(len(persona.history) + 1):
-    parts = tokenise_parts(render_parts(example.post, persona), formatting)
+    parts = tokenise_parts(render_parts(post, persona), formatting)
     tokenised = Tokenised(ids, *responses, dropped, parts, labels)
     if all(np.less_equal(tokenised.sizes, regions.room)):
       return tokenised

@@ -178,10 +178,8 @@ class Loader:
     """
     place = self.stream[position]
     example = self.examples[place.example]
-    persona = example.persona
-    if self.formatting.history.random:
-      rng = history_rng(self.seed or 0, place.epoch, example.id)
-      persona = sample_history(persona, self.formatting.history, rng)
+    rng = history_rng(self.seed or 0, place.epoch, example.id)
+    persona = sample_history(example.persona, self.formatting.history, rng)
     return place, tokenise(example, self.formatting, persona)
 
   @functools.cached_property
@@ -273,7 +271,7 @@ class _Lane:
       regions,
       indices=[place.slot for place in places],
       references=references,
-      dimensions=len(loader.formatting.space_of_bridge),
+      dimensions=loader.formatting.dimensions,
       preferences=preferences,
     )
     self._window = [item for i, item in enumerate(self._window) if i not in taken]

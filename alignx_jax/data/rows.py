@@ -6,10 +6,10 @@ The context's last token is moved to the front of each response region: response
 are [last context token, y1 … y(n−1)], targets [y1 … yn]. Predictions are then local to
 their region, and only 2R positions of a row ever meet the vocabulary.
 
-Where a learned bridge stands between persona and response (models/bridge.py), the context
-is the prompt without the persona, and personas have a region of their own, U tokens, which
-only the bridge reads. A persona there is a set of parts (its acts, the description, the
-post), each a sequence by itself.
+Where a learned bridge stands between persona and response (models/bridge.py), or a latent
+variable (models/latent.py), the context is the prompt without the persona, and personas have
+a region of their own, U tokens, which only that reads. A persona there is a set of parts (its
+acts, the description, the post), each a sequence by itself.
 """
 
 import dataclasses
@@ -56,8 +56,8 @@ class Personas(NamedTuple):
     parts_BU: the part that a token is of, 1 … X, 0 for padding.
     segments_BX: the example that a part is of, as in Rows.
     kinds_BX: what a part is, index in personas.prompts.PART_KINDS.
-    acts_BXP: int8 labels of the act that a part is of.
-    labels_BEP: int8 labels of the example.
+    acts_BXP: int8 labels of the act that a part is of; None where no labels are read.
+    labels_BEP: int8 labels of the example; likewise.
   """
 
   tokens_BU: np.ndarray
@@ -65,8 +65,8 @@ class Personas(NamedTuple):
   parts_BU: np.ndarray
   segments_BX: np.ndarray
   kinds_BX: np.ndarray
-  acts_BXP: np.ndarray
-  labels_BEP: np.ndarray
+  acts_BXP: np.ndarray | None
+  labels_BEP: np.ndarray | None
 
 
 class Rows(NamedTuple):
@@ -141,7 +141,7 @@ def lay_out(
   Args:
     indices: each example's index in its stream.
     references: each example's reference log-probs [N]; None where not cached.
-    dimensions: P, for a learned bridge.
+    dimensions: P, for a learned bridge; 0 where no labels are read.
     preferences: each example's P̃ [P, K], for a learned bridge to which it is given.
   """
   C, R, E = regions.context, regions.response, regions.examples
@@ -195,7 +195,8 @@ def _lay_out_personas(examples: Sequence[Tokenised], regions: Regions, dimension
       parts_U[start:end] = x
     if example.labels is not None:
       labels_EP[e] = example.labels
-  return Personas(tokens_U, positions_U, parts_U, segments_X, kinds_X, acts_XP, labels_EP)
+  labels = (acts_XP, labels_EP) if dimensions else (None, None)
+  return Personas(tokens_U, positions_U, parts_U, segments_X, kinds_X, *labels)
 
 
 def stack(rows: Sequence[Rows]) -> Rows:
@@ -205,7 +206,7 @@ def stack(rows: Sequence[Rows]) -> Rows:
     if arrays[0] is None:
       return None
     if isinstance(arrays[0], Personas):
-      return Personas(*map(np.stack, zip(*arrays, strict=True)))
+      return Personas(*map(join, zip(*arrays, strict=True)))
     return np.stack(arrays)
 
   return Rows(*map(join, zip(*rows, strict=True)))

@@ -30,6 +30,7 @@ CONDITIONS = {
   "pba_by_head": ("profile", "golden", "shuffled", "none"),
   "pba_head": ("inferred", "golden", "shuffled", "none"),
   "dpo": ("none",),
+  "vpl": ("inferred", "shuffled", "none"),
 }
 
 
@@ -223,6 +224,40 @@ class BridgeScorer:
     return preferences_XPK
 
 
+@dataclasses.dataclass
+class LatentScorer:
+  """Scores of a policy that reads the mean of a latent user variable, each computed once.
+
+  Attributes:
+    log_probs: Rows with personas, or without for z = 0, to response log-probs [B, E, N].
+    formatting: of the policy; its history is replaced as needed.
+  """
+
+  name: str
+  log_probs: Callable[[Rows], np.ndarray]
+  examples: Sequence[Example]
+  formatting: Formatting
+  rows: int
+
+  def __post_init__(self):
+    self.score = functools.cache(self._score)
+
+  def _score(
+    self, condition: str, shuffle: bool = False, history: HistoryPolicy = HistoryPolicy()
+  ) -> np.ndarray:
+    label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
+    return score_stream(self.log_probs, self._loader(condition, shuffle, history), describe=label)
+
+  def _loader(self, condition, shuffle=False, history=HistoryPolicy()):
+    examples = shuffled(self.examples) if shuffle else self.examples
+    formatting = self.formatting if condition == "inferred" else self.formatting.of_reference()
+    return Loader(examples, dataclasses.replace(formatting, history=history), rows=self.rows)
+
+  def unscored(self, *key) -> dict[int, str]:
+    """Index of each example that `score` of the same arguments does not score, and why."""
+    return _reasons(self.score(*key), self._loader(*key))
+
+
 def _reasons(score_XN: np.ndarray, loader: Loader) -> dict[int, str]:
   """Index of each example that is not scored, and why."""
   reasons = {}
@@ -266,15 +301,15 @@ class Comparison:
 
 def compare_policy(
   policy: str,
-  scorer: "Scorer | BridgeScorer",
+  scorer: "Scorer | BridgeScorer | LatentScorer",
   base: Scorer,
   *,
   protocols: Sequence[str] = PROTOCOLS,
 ) -> Iterator[Comparison]:
   """A trained policy beside the reference under each condition it has and protocol.
 
-  The reference cannot read a learned bridge's tokens: there its prompt is the policy's without
-  them, so `matched` and `unconditioned` are one.
+  The reference cannot read a learned bridge's tokens or a latent variable: there its prompt is the
+  policy's without them, so `matched` and `unconditioned` are one.
 
   Args:
     policy: a key of CONDITIONS.
@@ -286,7 +321,7 @@ def compare_policy(
     references = {"matched": key, "release": ("persona",), "unconditioned": ("none",)}
     if condition == "shuffled":
       references["release"] = ("persona", True)
-    if isinstance(scorer, BridgeScorer):
+    if isinstance(scorer, BridgeScorer | LatentScorer):
       references["matched"] = references.pop("unconditioned")
       protocols = dict.fromkeys("matched" if p == "unconditioned" else p for p in protocols)
     # Without a persona there is one prompt, hence one protocol.
@@ -307,7 +342,7 @@ def compare_base(base: Scorer, policies: Sequence[str]) -> Iterator[Comparison]:
 
 def evaluate_policy(
   policy: str,
-  scorer: "Scorer | BridgeScorer",
+  scorer: "Scorer | BridgeScorer | LatentScorer",
   base: Scorer,
   *,
   protocols: Sequence[str] = PROTOCOLS,
@@ -323,6 +358,24 @@ def evaluate_policy(
 def evaluate_base(base: Scorer, policies: Sequence[str]) -> list[dict]:
   """The untrained base: what the condition adds to its own unconditioned log-probs."""
   return [row for one in compare_base(base, policies) for row in one.rows(base.examples)]
+
+
+def few_shot(base: Scorer) -> list[dict]:
+  """Few-shot prompting: the untrained base reads a persona, which holds examples of choices.
+
+  That is all of it; the compared pairs alone, as the examples; and, as the floor, the persona of
+  another user.
+  """
+  reads = {
+    "persona": (),
+    "pairs": (False, HistoryPolicy(kinds=("pair",))),
+    "shuffled": (True,),
+  }
+  results = []
+  for condition, key in reads.items():
+    ratio = base.score("persona", *key) - base.score("none")
+    results += accuracy_rows(base.name, condition, "unconditioned", base.examples, ratio)
+  return results
 
 
 def accuracy_rows(policy, condition, protocol, examples, ratio) -> list[dict]:

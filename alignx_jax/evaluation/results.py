@@ -11,27 +11,32 @@ from alignx_jax.files import write_text
 
 LEGEND = {
   "policy": {
-    "base": "the model before alignment",
+    "base": "the model before alignment; where it reads a persona, few-shot prompting",
     "start": "the aligned model that a run began from (config.bridge.start), here the reference",
     "ica": "in-context alignment: trained to read the raw persona P",
-    "pba": "preference-bridged alignment: trained to read P̃, the user's preference directions",
+    "pba": "preference-bridged alignment by label averaging: trained to read P̃, the user's "
+    "preference directions, as the labels of the history average to, as text",
     "pba_head": "the same through a learned bridge: P̃ inferred from behaviour, told as tokens",
     "pba_by_head": "pba that was trained on P̃ as text that a learned head inferred",
-    "dpo": "universal alignment, a baseline: trained on the same pairs without any persona",
+    "dpo": "universal DPO: trained without personas, one policy for all users",
+    "vpl": "variational preference learning: a latent user variable z, inferred from the user's "
+    "pairs, moves soft tokens of the prompt",
     "length": "a control, no model",
   },
   "condition": {
-    "persona": "the policy reads the raw persona (ICA)",
-    "inferred": "P̃ inferred: by pba from the labels of the history, by pba_head without any",
+    "persona": "the raw persona is read",
+    "pairs": "of the raw persona the compared pairs alone",
+    "inferred": "P̃ inferred: by pba averaged from the labels of the history, by pba_head without "
+    "any; by vpl the mean of z",
     "profile": "P̃ as text that the learned head inferred, or as the record has it",
     "golden": "P̃ from the record's label, the ceiling",
-    "shuffled": "another user's persona or P̃, the floor",
-    "none": "no persona",
+    "shuffled": "another user's persona, P̃ or z, the floor",
+    "none": "no persona; of vpl z = 0",
     "N acts": "the policy's first condition, where it knows N acts of the user",
     "length": "the longer response wins, no model",
   },
   "protocol": {
-    "matched": "reference scored on the same prompt (of pba_head, without its tokens)",
+    "matched": "reference scored on the same prompt (of pba_head and vpl, without what they infer)",
     "release": "reference scored on the raw-persona prompt, as the AlignX release does",
     "unconditioned": "the reference is the untrained base without any persona",
   },
@@ -71,6 +76,12 @@ def format_table(results, *, extra=None) -> str:
   ]
   rule = ["-" * width if i < 3 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
   return "\n".join(line(cells) for cells in (fit(heads), rule, *map(fit, rows)))
+
+
+def format_policies(results) -> str:
+  """A line for each policy of the results: what it is."""
+  policies = dict.fromkeys(r["policy"] for r in results)
+  return "\n".join(f"{name}: {LEGEND['policy'].get(name, '')}" for name in policies)
 
 
 def write_results(path, results) -> None:

@@ -163,10 +163,15 @@ def infer(model, personas: Personas):
 
 def read(model, personas: Personas) -> Evidence:
   """What each part of personas says: [B, X, …]."""
+  hidden_BUD, embedded_BUD = encoded(model, personas)
+  return model.bridge.evidence(hidden_BUD, embedded_BUD, personas.parts_BU, personas.kinds_BX)
+
+
+def encoded(model, personas: Personas):
+  """The final hidden states and the embeddings of a persona region's tokens [B, U, D]."""
   hidden_BUD = model(personas.tokens_BU, personas.positions_BU, personas.parts_BU)
   embedded_BUD = embed(personas.tokens_BU, model.embedding_VD[...], model.compute_dtype)
-  hidden_BUD, embedded_BUD = (constrain(x, ROWS, None, None) for x in (hidden_BUD, embedded_BUD))
-  return model.bridge.evidence(hidden_BUD, embedded_BUD, personas.parts_BU, personas.kinds_BX)
+  return tuple(constrain(x, ROWS, None, None) for x in (hidden_BUD, embedded_BUD))
 
 
 def insert(model, rows: Rows, preferences_BEPK):

@@ -123,7 +123,16 @@ class Decoder(nnx.Module):
     """The head's weights [V, D] in the type they are stored in."""
     return (self.embedding_VD if self.arch.tied else self.head_VD)[...]
 
-  def __call__(self, tokens_BL, positions_BL, segments_BL, *, response: int = 0, bridge_BTD=None):
+  def __call__(
+    self,
+    tokens_BL,
+    positions_BL,
+    segments_BL,
+    *,
+    response: int = 0,
+    bridge_BTD=None,
+    moved_BLD=None,
+  ):
     """Final hidden states [B, L, D], normalised, in the compute type.
 
     Args:
@@ -134,8 +143,12 @@ class Decoder(nnx.Module):
         causal sequence.
       bridge_BTD: vectors that stand before the row as embedded tokens do; positions and
         segments count them, and so do the states that come back.
+      moved_BLD: what is added to the embedded tokens.
     """
     x_BLD = embed(tokens_BL, self.embedding_VD[...], self.compute_dtype)
+    if moved_BLD is not None:
+      moved_BLD = constrain(moved_BLD.astype(self.compute_dtype), ROWS, "context", None)
+      x_BLD = constrain(x_BLD + moved_BLD, ROWS, "context", None)
     if bridge_BTD is not None:
       bridge_BTD = constrain(bridge_BTD.astype(self.compute_dtype), ROWS, None, None)
       x_BLD = jnp.concatenate([bridge_BTD, x_BLD], axis=1)

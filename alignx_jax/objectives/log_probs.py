@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from alignx_jax.models.bridge import insert
+from alignx_jax.models.latent import moves
 from alignx_jax.models.parallel import ROWS, constrain
 
 
@@ -40,13 +41,14 @@ def _chunk_log_probs(head_VD, carry, chunk):
   return carry, picked_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
-def response_log_probs(model, rows, preferences_BEPK=None, *, chunk: int = 128):
+def response_log_probs(model, rows, preferences_BEPK=None, *, latent_BEZ=None, chunk: int = 128):
   """Summed log-probability of each response, float32 [B, N, E].
 
   Args:
     model: a Decoder.
     rows: data.rows.Rows.
     preferences_BEPK: P̃, which the model's bridge tells the policy; None for no bridge.
+    latent_BEZ: z, which moves the policy's soft tokens; None for no latent variable, or z = 0.
     chunk: head positions at a time, see token_log_probs.
   """
   B, N, R = rows.targets_BNR.shape
@@ -54,7 +56,10 @@ def response_log_probs(model, rows, preferences_BEPK=None, *, chunk: int = 128):
   tokens_BTD, positions, segments = None, rows.positions_BL, rows.segments_BL
   if preferences_BEPK is not None:
     tokens_BTD, positions, segments = insert(model, rows, preferences_BEPK)
-  hidden_BLD = model(rows.tokens_BL, positions, segments, response=R, bridge_BTD=tokens_BTD)
+  moved_BLD = None if latent_BEZ is None else moves(model, rows, latent_BEZ)
+  hidden_BLD = model(
+    rows.tokens_BL, positions, segments, response=R, bridge_BTD=tokens_BTD, moved_BLD=moved_BLD
+  )
   C = hidden_BLD.shape[1] - N * R
   # Chunks run along R with the branches side by side, so that every device of a mesh
   # that splits B works in every chunk.

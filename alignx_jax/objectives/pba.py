@@ -13,6 +13,7 @@ import numpy as np
 
 from alignx_jax.data.rows import Personas
 from alignx_jax.models.bridge import TABLES, infer
+from alignx_jax.objectives.draws import draw_each
 from alignx_jax.objectives.log_probs import response_log_probs
 
 
@@ -48,8 +49,8 @@ def bridged_log_probs(model, rows, objective: BridgeObjective, step, *, chunk: i
   Args:
     step: of the run, an int32 scalar.
   Returns:
-    log-probs [B, N, E], the head's loss of each example [B, E] (0 where it has no labels), and
-    metrics as (numerator, denominator) pairs.
+    log-probs [B, N, E], λ times the head's loss of each example [B, E] (0 where it has no
+    labels), and metrics as (numerator, denominator) pairs.
   """
   personas = rows.personas
   logits_BEPK, act_logits_BXPK = infer(model, personas)
@@ -67,7 +68,7 @@ def bridged_log_probs(model, rows, objective: BridgeObjective, step, *, chunk: i
     inferred_BEPK = jax.lax.stop_gradient(inferred_BEPK)
   first, last = objective.forcing
   share = first + (last - first) * jnp.minimum(step / max(1.0, objective.forcing_steps), 1.0)
-  drawn_BE = _uniform(objective.seed, step, rows.example_BE) < share
+  drawn_BE = draw_each(jax.random.uniform, objective.seed, step, rows.example_BE) < share
   labels_BEP = _labels_of_users(personas, member_BXE)
   forced_BEP = drawn_BE[..., None] & (labels_BEP >= 0)
   taught_BEPK = jax.nn.one_hot(labels_BEP, 3)
@@ -86,7 +87,7 @@ def bridged_log_probs(model, rows, objective: BridgeObjective, step, *, chunk: i
     "label_probability": mean_where(of_label_BEP, stated_BEP),
     "forced": mean_where(forced_BEP.any(axis=-1), rows.weight_BE > 0),
   }
-  return log_probs_BNE, head_loss_BE, metrics
+  return log_probs_BNE, objective.label_weight * head_loss_BE, metrics
 
 
 def _labels_of_users(personas: Personas, member_BXE):
@@ -111,13 +112,6 @@ def only_rows(gradient, rows: tuple[int, ...]):
     return jnp.zeros_like(leaf).at[jnp.array(rows)].set(leaf[jnp.array(rows)])
 
   return jax.tree_util.tree_map_with_path(keep, gradient)
-
-
-def _uniform(seed: int, step, example_BE):
-  """A number in [0, 1) for each example and step, wherever the example stands."""
-  key = jax.random.fold_in(jax.random.key(seed), step)
-  draw = lambda example: jax.random.uniform(jax.random.fold_in(key, example))
-  return jax.vmap(jax.vmap(draw))(example_BE)
 
 
 def balanced_cross_entropy(logits_PK, labels_P, weights):

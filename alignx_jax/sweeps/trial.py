@@ -12,7 +12,7 @@ from flax import nnx
 from alignx_jax import experiment as experiments
 from alignx_jax import measuring
 from alignx_jax.bridges import told_by
-from alignx_jax.config_checks import has_head
+from alignx_jax.config_checks import has_head, has_latent
 from alignx_jax.evaluation.accuracy import CONDITIONS, accuracy_rows
 from alignx_jax.evaluation.results import write_results
 from alignx_jax.experiment import Experiment
@@ -79,7 +79,7 @@ def run_trial(trial: Planned, control=None) -> dict:
 
 
 def trial_results(experiment: Experiment, params: nnx.State, workdir: Path) -> list[dict]:
-  """Matched accuracy on the test pairs, then the same with other users' personas.
+  """Matched accuracy on the test pairs, then the same with other users' personas, if any are read.
 
   The policy sees of a persona what it saw in training, all of it where that is drawn as the
   release does.
@@ -89,6 +89,9 @@ def trial_results(experiment: Experiment, params: nnx.State, workdir: Path) -> l
   if has_head(experiment.config):
     policy = measuring.bridge_scorer(experiment, params, workdir, history=history)
     ratio = lambda shuffle: policy.score(condition, shuffle) - base.score("none")
+  elif has_latent(experiment.config):
+    policy = measuring.policy_scorer(experiment, params, workdir)
+    ratio = lambda shuffle: policy.score(condition, shuffle, history) - base.score("none")
   else:
     policy = measuring.policy_scorer(experiment, params, workdir)
     # Profiles, which a head inferred, are not drawn from.
@@ -99,6 +102,7 @@ def trial_results(experiment: Experiment, params: nnx.State, workdir: Path) -> l
   return [
     row
     for told, shuffle in ((condition, False), ("shuffled", True))
+    if told in CONDITIONS[name]
     for row in accuracy_rows(name, told, "matched", policy.examples, ratio(shuffle))
   ]
 

@@ -1,4 +1,4 @@
-"""How a learned bridge starts, and what its objective takes from config and data."""
+"""How a learned bridge starts, and what is trained beside a decoder by config and data."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,33 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from alignx_jax.data.loader import Loader
 from alignx_jax.data.tokenizers import Tokenizer
 from alignx_jax.files import as_path
 from alignx_jax.models.bridge import TABLES
+from alignx_jax.models.decoder import Decoder
 from alignx_jax.objectives.pba import BridgeObjective, class_shares, class_weights
+from alignx_jax.objectives.vpl import LatentObjective
 from alignx_jax.personas.preferences import PreferenceSpace
 from alignx_jax.training import mesh as meshes
+from alignx_jax.training.steps import count_dimensions, has_latent
 
 SPACE = "preference_space.json"  # in the workdir of a run with a learned bridge
 # Records from which the frequencies of directions are counted.
 _SAMPLE = 4096
+
+
+def objective_beside(
+  config, model: Decoder, loader: Loader, steps: int
+) -> BridgeObjective | LatentObjective | None:
+  """How what a model has beside its decoder is trained, in a run of so many steps on this data.
+
+  That is a learned bridge or a latent user variable; None for neither.
+  """
+  if count_dimensions(model):
+    labels_XP = label_sample(loader.examples, loader.formatting)
+    return bridge_objective(config, loader.formatting.space_of_bridge, labels_XP, steps)
+  return LatentObjective.of(config, steps) if has_latent(model) else None
 
 
 def bridge_objective(

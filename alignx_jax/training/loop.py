@@ -15,7 +15,7 @@ from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.objectives.losses import reference_kind
 from alignx_jax.training import hosts
-from alignx_jax.training.bridge import SPACE, bridge_objective, label_sample
+from alignx_jax.training.bridge import SPACE, objective_beside
 from alignx_jax.training.checkpoints import (
   Checkpoints,
   Restored,
@@ -32,7 +32,7 @@ from alignx_jax.training.reference import (
   fingerprint,
 )
 from alignx_jax.training.run_config import check_config, run_record, save_run_config
-from alignx_jax.training.steps import count_dimensions, make_steps
+from alignx_jax.training.steps import count_dimensions, has_latent, make_steps
 from alignx_jax.training.stopping import EXIT_CODE, StopRequest, any_host
 from alignx_jax.training.workdir import in_use
 
@@ -58,8 +58,8 @@ def train(
   """Trains `model` on the loader's stream with a preference loss; resumes what it finds.
 
   Args:
-    config: configs/base.py's; read here are `bridge`, `eval.every`, `objective`, `optimizer`,
-      `reference` and `train`.
+    config: configs/base.py's; read here are `bridge`, `eval.every`, `latent`, `objective`,
+      `optimizer`, `reference` and `train`.
     workdir: gets checkpoints, metrics.jsonl and TensorBoard files. The same call again
       goes on from the newest good checkpoint.
     model: shapes alone.
@@ -117,14 +117,12 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
       )
 
   # ------------------------------------------------------------------ programs
-  bridge, regions = None, loader.formatting.regions
-  if count_dimensions(model):
-    labels_XP = label_sample(loader.examples, loader.formatting)
-    bridge = bridge_objective(config, loader.formatting.space_of_bridge, labels_XP, steps)
+  beside = objective_beside(config, model, loader, steps)
+  own_rate = (config.latent if has_latent(model) else config.bridge).learning_rate
   optimizer = make_optimizer(
-    config.optimizer, steps, bridge_learning_rate=config.bridge.learning_rate if bridge else 0.0
+    config.optimizer, steps, bridge_learning_rate=own_rate if beside else 0.0
   )
-  programs = make_steps(config, model, mesh, regions, optimizer, bridge)
+  programs = make_steps(config, model, mesh, loader.formatting.regions, optimizer, beside)
   rows_sharding = programs.rows.tokens_BL.sharding
   del log_probs
   trained, frozen = split_trainable(params, bridge_alone=config.bridge.alone)
@@ -147,7 +145,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
     del trained
   if hosts.is_first():
     save_run_config(config, workdir, run_key)
-    if bridge:
+    if count_dimensions(model):
       write_text(workdir / SPACE, loader.formatting.space_of_bridge.to_json())
   lanes_BW = lanes_BW[own]
   batches = loader.batches(lanes_BW, endless=True)

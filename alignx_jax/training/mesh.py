@@ -24,7 +24,7 @@ AXES = ("replica", "fsdp", "tensor", "context")
 RULES = (
   # A tenth of a percent of the weights: not worth to gather.
   (r"blocks/\w+_lora_[ab]", P()),
-  (r"bridge/\w+", P()),
+  (r"(bridge|latent)/\w+", P()),
   (r"(embedding|head)_VD", P("tensor", WIDTH)),
   (r"blocks/[qkv]_D[HK]A", P(None, WIDTH, "tensor", None)),
   (r"blocks/[qkv]_bias_[HK]A", P(None, "tensor", None)),

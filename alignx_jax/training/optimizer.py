@@ -25,8 +25,8 @@ def make_optimizer(
   Args:
     config: config.optimizer of configs/base.py.
     steps: optimiser steps of the whole run.
-    bridge_learning_rate: peak for the parameters of a learned bridge, which are clipped by a
-      norm of their own; 0 if there are none.
+    bridge_learning_rate: peak for the parameters of a learned bridge or a latent variable, which
+      are clipped by a norm of their own; 0 if there are none.
   """
 
   def adamw(peak: float) -> optax.GradientTransformation:
@@ -46,7 +46,10 @@ def make_optimizer(
     return model
 
   def labels(params):
-    of = lambda path, _: "bridge" if "'bridge'" in jax.tree_util.keystr(path) else "model"
+    def of(path, _):
+      name = jax.tree_util.keystr(path)
+      return "bridge" if "'bridge'" in name or "'latent'" in name else "model"
+
     return jax.tree_util.tree_map_with_path(of, params)
 
   return optax.partition({"model": model, "bridge": adamw(bridge_learning_rate)}, labels)

@@ -30,7 +30,12 @@ from alignx_jax.personas.prompts import chat_format, prompt_format
 from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.checksums import array_digest
-from alignx_jax.training.steps import count_dimensions, infer_program, score_program
+from alignx_jax.training.steps import (
+  count_dimensions,
+  infer_program,
+  posterior_program,
+  score_program,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,10 @@ class LogProbs:
     """Log-odds [B, E, P, K] of the P̃ that the model's bridge infers, and their slots [B, E]."""
     return self._run(infer_program(nnx.graphdef(self.model), self.mesh), rows)
 
+  def posterior(self, rows: Rows):
+    """Mean and log-variance [B, E, 2, Z] of the latent variable, and their slots [B, E]."""
+    return self._run(posterior_program(nnx.graphdef(self.model), self.mesh), rows)
+
   def _run(self, program, rows):
     rows = hosts.to_devices(rows, meshes.rows_sharding(self.mesh, self.rows), self.rows)
     with jax.set_mesh(self.mesh):
@@ -82,6 +91,12 @@ class LogProbs:
 def score_stream(log_probs: LogProbs, loader: Loader, *, describe: str) -> np.ndarray:
   """Response log-probs [slots, N] of every example of a loader's stream; see `stream_values`."""
   return stream_values(log_probs, log_probs.own, loader, (2,), describe=describe)
+
+
+def posterior_stream(log_probs: LogProbs, loader: Loader, *, describe: str) -> np.ndarray:
+  """Mean and log-variance of z [slots, 2, Z] of every example; see `stream_values`."""
+  shape = 2, log_probs.model.latent.token_ZTD.shape[0]
+  return stream_values(log_probs.posterior, log_probs.own, loader, shape, describe=describe)
 
 
 def infer_stream(log_probs: LogProbs, loader: Loader, *, describe: str) -> np.ndarray:

@@ -14,8 +14,8 @@ from alignx_jax.files import write_text
 
 # What may differ between a run and its resumption or evaluation: how, not what, is done.
 _FREE = re.compile(
-  r"(eval|judge|study)\..*|mesh\..*|model\.(attention\w*|remat|preset)|reference\.directory"
-  r"|data\.workers"
+  r"(eval|judge|study|baselines)\..*|mesh\..*|model\.(attention\w*|remat|preset)"
+  r"|reference\.directory|data\.workers"
   r"|train\.(devices|head_chunk|keep\w*|\w+_every|may_differ|restore|profile|spike\w*|\w*skipped"
   r"|log_text|barrier_seconds)"
 )

@@ -18,11 +18,17 @@ from jax.sharding import Mesh
 from alignx_jax.data.rows import Personas, Regions, Rows
 from alignx_jax.models.bridge import infer
 from alignx_jax.models.decoder import Decoder
+from alignx_jax.models.latent import encode
 from alignx_jax.models.lora import split_trainable, without_lora
 from alignx_jax.objectives.log_probs import response_lengths, response_log_probs
 from alignx_jax.objectives.losses import PreferenceLoss, reference_kind
 from alignx_jax.objectives.pba import BridgeObjective, bridged_log_probs, only_rows
+from alignx_jax.objectives.vpl import LatentObjective, latent_log_probs
 from alignx_jax.training import mesh as meshes
+
+# What gives the log-probs of a policy that reads something learned of its user: with that, what
+# is added to the loss of each example [B, E], and metrics.
+LOG_PROBS = {BridgeObjective: bridged_log_probs, LatentObjective: latent_log_probs}
 
 
 class TrainState(NamedTuple):
@@ -61,14 +67,14 @@ def make_steps(
   mesh: Mesh,
   regions: Regions,
   optimizer: optax.GradientTransformation,
-  bridge: BridgeObjective | None = None,
+  bridge: BridgeObjective | LatentObjective | None = None,
 ) -> Steps:
   """The training programs of a config.
 
   Args:
     config: configs/base.py's; read here are `bridge`, `objective`, `reference` and `train`.
     model: arrays or shapes alone.
-    bridge: how the model's learned bridge is trained, if it has one.
+    bridge: how the model's learned bridge, or its latent variable, is trained, if it has one.
   Raises:
     ValueError: sizes that do not divide by the mesh.
   """
@@ -120,6 +126,11 @@ def count_dimensions(model: Decoder) -> int:
   return len(model.bridge.bias_PK) if hasattr(model, "bridge") else 0
 
 
+def has_latent(model: Decoder) -> bool:
+  """Whether the model has a latent user variable."""
+  return hasattr(model, "latent")
+
+
 def row_shapes(
   regions: Regions, rows: int, mesh: Mesh, *, dimensions: int = 0, given: bool = False
 ) -> Rows:
@@ -127,7 +138,7 @@ def row_shapes(
 
   Args:
     dimensions: P, of a learned bridge; 0 without.
-    given: P̃ is given to it.
+    given: P̃ is given to it, and no personas.
   """
   sharding = meshes.rows_sharding(mesh, rows)
   L, R, E = regions.layout, regions.response, regions.examples
@@ -139,12 +150,13 @@ def row_shapes(
   floats = functools.partial(array, dtype=np.float32)
   labels = functools.partial(array, dtype=np.int8)
   shapes = Rows(array(L), array(L), array(L), array(2, R), floats(E), floats(2, E), array(E))
-  if not P:
-    return shapes
   if given:
     return shapes._replace(preferences_BEPK=floats(E, P, 3))
+  if not U:
+    return shapes
   tokens = array(U), array(U), array(U), array(X), array(X)
-  return shapes._replace(personas=Personas(*tokens, labels(X, P), labels(E, P)))
+  known = (labels(X, P), labels(E, P)) if P else (None, None)
+  return shapes._replace(personas=Personas(*tokens, *known))
 
 
 def state_shardings(state: TrainState, params_sharding) -> TrainState:
@@ -178,13 +190,17 @@ def _with_shardings(shapes, shardings):
 def score_program(graph, mesh: Mesh, chunk: int) -> Callable:
   """(parameters, Rows) to response log-probs [B, E, N] in nats and the slots [B, E] they are of.
 
-  Where the rows give P̃, the policy reads it through its bridge. Both results come whole to
-  every device. Models of the same architecture share the program.
+  Where the rows give P̃, the policy reads it through its bridge; where they have personas, it
+  reads the mean of its latent variable. Both results come whole to every device. Models of the
+  same architecture share the program.
   """
 
   def score(params, rows):
     model = nnx.merge(graph, params)
-    log_probs_BNE = response_log_probs(model, rows, rows.preferences_BEPK, chunk=chunk)
+    latent_BEZ = encode(model, rows).mean_BEZ if has_latent(model) and rows.personas else None
+    log_probs_BNE = response_log_probs(
+      model, rows, rows.preferences_BEPK, latent_BEZ=latent_BEZ, chunk=chunk
+    )
     return log_probs_BNE.swapaxes(1, 2), rows.example_BE
 
   return jax.jit(
@@ -201,6 +217,19 @@ def infer_program(graph, mesh: Mesh) -> Callable:
 
   return jax.jit(
     infer_rows, out_shardings=meshes.replicated(mesh), compiler_options=compiler_options(mesh)
+  )
+
+
+@functools.cache
+def posterior_program(graph, mesh: Mesh) -> Callable:
+  """(parameters, Rows) to mean and log-variance of z [B, E, 2, Z] and the slots they are of."""
+
+  def encode_rows(params, rows):
+    posterior = encode(nnx.merge(graph, params), rows)
+    return jnp.stack(posterior, axis=2), rows.example_BE
+
+  return jax.jit(
+    encode_rows, out_shardings=meshes.replicated(mesh), compiler_options=compiler_options(mesh)
   )
 
 
@@ -224,7 +253,7 @@ def train_step(
   chunk: int,
   accumulation: int,
   online: bool,
-  bridge: BridgeObjective | None = None,
+  bridge: BridgeObjective | LatentObjective | None = None,
 ) -> tuple[TrainState, dict]:
   """One update, and its metrics as (numerator, denominator) pairs.
 
@@ -242,15 +271,16 @@ def train_step(
     bridge=bridge,
     step=state.step,
   )
-  if bridge is not None and bridge.rows is not None:
-    gradient = only_rows(gradient, bridge.rows)
+  rows_trained = getattr(bridge, "rows", None)
+  if rows_trained is not None:
+    gradient = only_rows(gradient, rows_trained)
   norm = optax.tree.norm(gradient)
   metrics["gradient_norm"] = (norm, jnp.float32(1))
   finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
   metrics["skipped"] = (1 - finite.astype(jnp.float32), jnp.float32(1))
   updates, moments = optimizer.update(gradient, state.optimizer, as_float32(state.params))
-  if bridge is not None and bridge.rows is not None:
-    updates = only_rows(updates, bridge.rows)  # weights decay without a gradient too
+  if rows_trained is not None:
+    updates = only_rows(updates, rows_trained)  # weights decay without a gradient too
   params = add_updates(state.params, updates, state.step)
   # What is not finite is not stepped into.
   new, old = (params, moments), (state.params, state.optimizer)
@@ -270,7 +300,8 @@ def mean_gradient(
     loss: of the log-probs.
     online: take the reference's log-probs from the policy without its adapter, not from the
       rows.
-    bridge: how a learned bridge is trained, if the model has one; `step` is for it.
+    bridge: how a learned bridge or a latent variable is trained, if the model has one; `step` is
+      for it.
   Returns:
     The gradient of `params`, and metrics as (numerator, denominator) pairs.
   """
@@ -283,19 +314,19 @@ def mean_gradient(
     if online:
       reference_BNE = response_log_probs(model(without_lora(params)), part, chunk=chunk)
       reference_BNE = jax.lax.stop_gradient(reference_BNE)
-    labels = 0.0, {}
+    beside_BE, beside_metrics = 0.0, {}
     if bridge is None:
       policy_BNE = response_log_probs(model(params), part, chunk=chunk)
     else:
-      policy_BNE, *labels = bridged_log_probs(model(params), part, bridge, step, chunk=chunk)
+      told = LOG_PROBS[type(bridge)](model(params), part, bridge, step, chunk=chunk)
+      policy_BNE, beside_BE, beside_metrics = told
     lengths_BNE = response_lengths(part)
     (numerator, _), metrics = loss(policy_BNE, reference_BNE, lengths_BNE, part.weight_BE)
-    if bridge is not None:
-      numerator += bridge.label_weight * jnp.sum(labels[0])
+    numerator += jnp.sum(beside_BE)
     used = [part.segments_BL] + ([part.personas.parts_BU] if part.personas else [])
     tokens = sum(jnp.sum(segments > 0) for segments in used).astype(jnp.float32)
     slots = jnp.float32(sum(segments.size for segments in used))
-    return numerator, metrics | labels[1] | {"filled": (tokens, slots)}
+    return numerator, metrics | beside_metrics | {"filled": (tokens, slots)}
 
   def of_part(part):
     gradient, metrics = jax.grad(loss_sum, has_aux=True)(params, part)
