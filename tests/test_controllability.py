@@ -11,6 +11,7 @@ from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import load_tokenizer
 from alignx_jax.evaluation import controllability as control
 from alignx_jax.evaluation.accuracy import BridgeScorer, Scorer
+from alignx_jax.evaluation.changes import changed, format_changes
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.persona import (
   ComparedPair,
@@ -194,14 +195,14 @@ def test_pairs_without_labels_are_not_steered_and_counted():
   assert touch.own_X[3] == touch.other_X[3] == -1
   before_XN, after_XN = np.tile([1.0, 0], (4, 1)), np.tile([-1.0, 0], (4, 1))
   after_XN[3] = np.nan
-  (row,) = control.changed("p", "c", "matched", examples, before_XN, after_XN)
+  (row,) = changed("p", "c", "matched", examples, before_XN, after_XN)
   assert (row["examples"], row["refused"], row["flips"]) == (3, 1, 1)
-  assert control.changed("p", "c", "matched", examples, before_XN, np.nan * after_XN) == []
+  assert changed("p", "c", "matched", examples, before_XN, np.nan * after_XN) == []
 
 
 def test_a_margin_that_comes_to_nothing_has_not_turned():
   before_XN, after_XN = np.eye(2)[[0, 0, 1]], np.array([[0.0, 0], [-1, 0], [-1, 0]])
-  (row,) = control.changed("p", "c", "matched", EXAMPLES, before_XN, after_XN)
+  (row,) = changed("p", "c", "matched", EXAMPLES, before_XN, after_XN)
   assert row["flips"] == pytest.approx(1 / 3) and row["change"] == pytest.approx(-2 / 3)
-  table = control.format_changes([row])
+  table = format_changes([row])
   assert "33.3 [" in table and "-66.7 [" in table and table.count("\n") == 2

@@ -118,7 +118,7 @@ def share_curves(lines, *, across: str, up: str = "Alignment accuracy, %") -> st
   values = sorted({value for results in lines.values() for value in results})
   if not values:
     return f"<p>{EMPTY}</p>"
-  left, right, top, bottom = 44, 700, 26, 250
+  left, right, top, bottom = 44, 700, 16 + 18 * -(-len(lines) // 4), 250
   at_x = {
     v: left + 24 + i * (right - left - 48) / max(1, len(values) - 1) for i, v in enumerate(values)
   }
@@ -147,10 +147,10 @@ def share_curves(lines, *, across: str, up: str = "Alignment accuracy, %") -> st
         f'y2="{at_y(r["high"]):.1f}"/><circle class="bubble run{colour}" cx="{x:.1f}" '
         f'cy="{at_y(r["accuracy"]):.1f}" r="3.5"/></g>'
       )
-    place = left + 24 + 150 * i
+    x, y = left + 24 + 165 * (i % 4), 8 + 18 * (i // 4)
     key.append(
-      f'<path {style} d="M{place} 8H{place + 26}"/>'
-      f'<text class="soft" x="{place + 32}" y="12">{escape(str(name))}</text>'
+      f'<path {style} d="M{x} {y}H{x + 26}"/>'
+      f'<text class="soft" x="{x + 32}" y="{y + 4}">{escape(str(name))}</text>'
     )
   return (
     f'<svg role="img" aria-label="{escape(up)} by {escape(across, quote=True)}" '

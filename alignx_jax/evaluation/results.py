@@ -28,6 +28,8 @@ LEGEND = {
     "shuffled": "another user's persona or P̃, the floor",
     "none": "no persona",
     "N acts": "the policy's first condition, where it knows N acts of the user",
+    "N comments": "the same, of comments alone",
+    "N pairs": "the same, of compared pairs alone",
     "reversed": "P̃ with every direction turned; low, where the policy does what P̃ says",
     "golden reversed": "the same of golden P̃",
     "exchanged": "as if the user had preferred the other response of each pair of the history",
