@@ -25,10 +25,10 @@ def main(config, workdir):
 
   found = run_study(config, workdir)
   write_results(workdir / "results.json", found.results)
-  write_svg(workdir / f"{config.studies.name}.svg", found.pictures[0][1])
+  write_svg(workdir / f"{config.study.name}.svg", found.pictures[0][1])
   write_report(
     workdir / "report.html",
-    title=config.studies.name.replace("_", " ").capitalize(),
+    title=config.study.name.replace("_", " ").capitalize(),
     summary=found.summary,
     results=found.results,
     curves={},

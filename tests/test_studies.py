@@ -5,10 +5,9 @@ import json
 import pytest
 
 from alignx_jax import studies
+from alignx_jax.study import RUNS
 from alignx_jax.studying import run_study
-from configs.studies import controllability, history_length
-
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
+from configs.studies import controllability, history_length, novel_preferences
 
 
 def small(config, runs):
@@ -19,8 +18,9 @@ def small(config, runs):
   config.train.update(rows=2, devices=1)
   config.eval.rows = 2
   with config.unlocked():
-    config.study = {name: {} for name in ("ica", "pba", "pba_head")}
-  config.studies.runs = str(runs)
+    for name in RUNS:
+      config.study[name] = {}
+  config.study.runs = str(runs)
   return config
 
 
@@ -35,7 +35,7 @@ def run(config, workdir, capsys):
   results = json.loads((workdir / "results.json").read_text())
   report = (workdir / "report.html").read_text(encoding="utf-8")
   assert "<svg" in report and printed.startswith("| policy")
-  assert (workdir / f"{config.studies.name}.svg").read_text(encoding="utf-8").startswith("<svg")
+  assert (workdir / f"{config.study.name}.svg").read_text(encoding="utf-8").startswith("<svg")
   return {(r["policy"], r["condition"], r["protocol"]): r for r in results}
 
 
@@ -59,17 +59,36 @@ def test_controllability_from_config_to_report(runs, tmp_path, capsys):
 
 def test_history_length_from_config_to_report(runs, tmp_path, capsys):
   config = small(history_length.get_config(), runs)
-  config.studies.update(acts=(0, 1, 3), comments=3, pairs=2)
-  config.studies.regions.update(config.regions.to_dict() | {"context": 2300})
-  del config.studies.regions["layout"]
+  config.study.update(users=4, acts=(0, 1, 3), comments=3, pairs=2)
+  config.study.regions.update(config.regions.to_dict() | {"context": 2300})
+  del config.study.regions["layout"]
   found = run(config, tmp_path, capsys)
   seen = ("0 acts", "1 comments", "3 comments", "1 pairs", "1 acts", "3 acts")
   assert set(found) == {(p, c, "matched") for p in ("ica", "pba", "pba_head") for c in seen}
   assert {row["examples"] for row in found.values()} == {4}
 
 
+def test_novel_preferences_from_config_to_report(tmp_path, capsys):
+  config = small(novel_preferences.get_config(), "")
+  config.study.update(examples=(2, 4), users=4)
+  found = run(config, tmp_path, capsys)
+  both = ("matched", "unconditioned")
+  starts = ("aligned + 0", "aligned + 2", "aligned + 4", "base + 2", "base + 4")
+  assert set(found) == {
+    *(("ica", start, protocol) for start in starts for protocol in both),
+    ("ica", "base + 0", "unconditioned"),
+  }
+  for n in (2, 4):
+    row = found["ica", f"aligned + {n}", "matched"]
+    assert row["ratio"] == row["base_needs"] / n
+  # Nothing that was trained is trained again.
+  before = {p: p.stat().st_mtime for p in tmp_path.glob("*/metrics.jsonl")}
+  assert len(before) == 5 and run(config, tmp_path, capsys) == found
+  assert before == {p: p.stat().st_mtime for p in tmp_path.glob("*/metrics.jsonl")}
+
+
 def test_an_unknown_study_is_refused(tmp_path):
   config = controllability.get_config()
-  config.studies.name = "everything"
-  with pytest.raises(ValueError, match="studies.name is 'everything'; set it to controllability"):
+  config.study.name = "everything"
+  with pytest.raises(ValueError, match="study.name is 'everything'; set it to controllability"):
     run_study(config, tmp_path)

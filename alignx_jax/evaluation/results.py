@@ -36,6 +36,8 @@ LEGEND = {
     "pairs exchanged": "the same, and of the user nothing is known but these pairs",
     "strength S": "one dimension of the pair steered towards the user's pole (+) or the other (−)",
     "another reversed": "turned is the dimension that P̃ is surest of and the pair is not of",
+    "aligned + N": "aligned without the held-out dimensions, then trained on N examples of them",
+    "base + N": "the base, trained on N examples of the held-out dimensions and no others",
     "length": "the longer response wins, no model",
   },
   "protocol": {

@@ -2,7 +2,7 @@
 
   python -m alignx_jax.studies --config=configs/studies/controllability.py --workdir=runs/control
 
-With --config.studies.runs=runs/study it reads what `alignx_jax.study` trained there, or trains the
+With --config.study.runs=runs/study it reads what `alignx_jax.study` trained there, or trains the
 same. The README shows what it
 printed.
 """
