@@ -156,7 +156,7 @@ def share_curves(lines, *, across: str, up: str = "Alignment accuracy, %") -> st
     f'<svg role="img" aria-label="{escape(up)} by {escape(across, quote=True)}" '
     f'viewBox="0 0 720 300">{grid}{"".join(drawn)}{"".join(key)}'
     f'<text class="soft middle" x="{(left + right) / 2:g}" y="{bottom + 40}">{escape(across)}'
-    f'</text></svg><p class="note">{escape(up)}. Whiskers: 95 % bootstrap interval. '
+    f'</text></svg><p class="note">{escape(up)}. Whiskers: 95 % interval. '
     "Dashed: chance.</p>"
   )
 
