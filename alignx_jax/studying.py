@@ -188,6 +188,8 @@ def history_length(config, workdir: Path) -> Findings:
 def _told_by_length(rows) -> str:
   told = []
   for name, found in by_acts(rows, "acts").items():
+    if not found:
+      continue  # none of its pairs could be scored, which was told
     most = max(found)
     row = found[most]
     points, low, high = (100 * row[key] for key in ("change", "change_low", "change_high"))

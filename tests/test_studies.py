@@ -60,8 +60,8 @@ def test_controllability_from_config_to_report(runs, tmp_path, capsys):
 def test_history_length_from_config_to_report(runs, tmp_path, capsys):
   config = small(history_length.get_config(), runs)
   config.study.update(users=4, acts=(0, 1, 3), comments=3, pairs=2)
-  config.study.regions.update(config.regions.to_dict() | {"context": 2300})
-  del config.study.regions["layout"]
+  config.study.regions.update(context=2300, response=256, examples=2)
+  config.study.regions.update(prompt=256, persona=2300, parts=24)
   found = run(config, tmp_path, capsys)
   seen = ("0 acts", "1 comments", "3 comments", "1 pairs", "1 acts", "3 acts")
   assert set(found) == {(p, c, "matched") for p in ("ica", "pba", "pba_head") for c in seen}
