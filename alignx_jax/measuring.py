@@ -22,6 +22,7 @@ from alignx_jax.evaluation.accuracy import (
 )
 from alignx_jax.evaluation.calibration import format_preference_table, softmax
 from alignx_jax.evaluation.latents import latent_results, summarise
+from alignx_jax.evaluation.history_length import matched_ratio
 from alignx_jax.evaluation.results import format_table, write_results
 from alignx_jax.experiment import Experiment, make_formatting
 from alignx_jax.personas.persona import HistoryPolicy
@@ -188,17 +189,13 @@ def text_scorer(experiment: Experiment, name: str, params: nnx.State) -> Scorer:
 def few_acts_results(
   name: str, policy: "Scorer | BridgeScorer", base: Scorer, acts: int
 ) -> list[dict]:
-  """A policy's matched accuracy where it sees so many acts of each user, drawn from all.
+  """A policy's matched accuracy where it sees so many acts of each user, and their description.
 
   Args:
     name: of the policy.
     policy: reads personas as text; or P̃ that was inferred from so many acts.
   """
-  if isinstance(policy, BridgeScorer):
-    ratio = policy.score("inferred") - base.score("none")
-  else:
-    key = "persona", False, HistoryPolicy("fixed", acts)
-    ratio = policy.score(*key) - base.score(*key)
+  ratio = matched_ratio(policy, base, HistoryPolicy("fixed", acts))
   return accuracy_rows(name, f"{acts} acts", "matched", policy.examples, ratio)
 
 

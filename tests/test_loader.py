@@ -469,3 +469,22 @@ def test_a_chat_format_the_tokenizer_lacks_is_refused():
 def test_an_unknown_name_is_refused_with_the_names_there_are(setting, names):
   with pytest.raises(ValueError, match=f"'mine'.*{names}"):
     formatting(**{setting: "mine"})
+
+
+def test_all_of_a_persona_is_all_of_the_kinds_and_in_the_order_asked_for():
+  history = UserComment("a", "first"), UserComment("b", "second")
+  persona = Persona(history, (ComparedPair("c", "third", "fourth"),), "a sailor")
+  example = Example("x:0", "Tea?", "yes", "no", persona)
+
+  def shown(**fields):
+    loader = Loader([example], formatting(history=HistoryPolicy(**fields)), rows=1)
+    return loader.tokenised(0)[1]
+
+  def told(persona):
+    return tokenise(example, formatting(), persona)
+
+  assert shown() == told(persona)
+  assert shown(kinds=("pair",)) == told(Persona(pairs=persona.pairs))
+  assert shown(kinds=("demo",)) == told(Persona(description="a sailor"))
+  turned = dataclasses.replace(persona, comments=history[::-1])
+  assert shown(order="reversed") == told(turned) != told(persona)

@@ -96,6 +96,24 @@ def test_the_command_that_sweeps(tmp_path):
 
 
 @pytest.mark.slow
+def test_commands_of_studies(tmp_path):
+  commands = [command for command in COMMANDS if "alignx_jax.studies" in command]
+  few = {"history_length": {"users": 4}, "novel_preferences": {"users": 4, "examples": "(2,)"}}
+  small = SMALL | {"config.data.validation_records": 4, "config.regions.parts": 64}
+  for command in commands:
+    name = re.search(r"configs/studies/(\w+)[.]py", command)[1]
+    more = {f"config.study.{field}": value for field, value in few.get(name, {}).items()}
+    arguments = shlex.split(command.replace("runs/", f"{tmp_path}/"))
+    arguments += [f"--{field}={value}" for field, value in (small | more).items()]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("| policy")
+    assert (tmp_path / name / "report.html").exists()
+  assert {p.name for p in (tmp_path / "study").iterdir()} == {"ica", "pba", "pba_head"}
+  assert len(commands) == 3
+
+
+@pytest.mark.slow
 def test_commands_that_generate(tmp_path):
   commands = [shlex.split(command) for command in COMMANDS if "alignx_jax.generate" in command]
   compared = [command for command in commands if "--users=100" in command]

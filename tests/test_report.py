@@ -238,3 +238,28 @@ def test_the_picture_stands_alone(tmp_path):
   assert [bar.get("width") for bar in bars] == [f"{100 * r['accuracy']:.2f}%" for r in RESULTS]
   with pytest.raises(ValueError, match="no results"):
     pictures.write_picture(tmp_path / "accuracy.svg", [])
+
+
+def test_curves_of_shares_stand_where_their_numbers_are():
+  row = lambda share: {"accuracy": share, "low": share - 0.25, "high": share + 0.25}
+  drawn = pictures.share_curves(
+    {"a <b>": {1: row(0.5), 16: row(0.75)}, "c": {4: row(0.25)}}, across="n"
+  )
+  ElementTree.fromstring(drawn.split("</svg>")[0] + "</svg>")
+  assert "a &lt;b&gt;: 75.0 % [50.0, 100.0]" in drawn and "<b>" not in drawn
+  points = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)]
+  (middle,) = re.findall(r'class="mark" x1="\d+" x2="\d+" y1="([\d.]+)"', drawn)
+  assert points[0] == float(middle)
+  assert points[0] - points[1] == pytest.approx(points[2] - points[0], abs=0.1)
+  # Values stand side by side in order, whoever has them.
+  assert re.findall(r'<text class="soft middle" x="[\d.]+" y="268">([^<]*)<', drawn) == [
+    "1",
+    "4",
+    "16",
+  ]
+  assert pictures.share_curves({}, across="n") == f"<p>{results.EMPTY}</p>"
+
+
+def test_a_markdown_table_in_html_is_escaped():
+  html = pictures.html_table(results.markdown(("a", "n"), [("<b>", 1), ("c|d", 2)], left=1))
+  assert "<td>&lt;b&gt;</td><td class=number>1</td>" in html

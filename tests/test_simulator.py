@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -75,6 +76,25 @@ def test_a_record_is_the_same_whatever_was_drawn_before(records):
     assert simulate_record(index, split="train", seed=1) == records[index]
   assert simulate_record(3, split="train", seed=2) != records[3]
   assert len({json.dumps(record) for record in records}) == len(records)
+
+
+def test_the_users_of_a_seed_do_not_change():
+  """Trained runs are of them; the digest is of version 0.1.0."""
+  records = [simulate_record(i, split=split, seed=42) for split in SPLITS for i in range(20)]
+  digest = hashlib.sha256(json.dumps(records).encode()).hexdigest()
+  assert digest == "8356fda77810fcaf64b6a0504c0bbd7e1393fe8a20a401963e27ea9d0a437f91"
+
+
+def test_users_of_some_dimensions_speak_of_no_others():
+  among = (3, 7, 20, 41, 60, 88)
+  config = SimulatorConfig(dimensions=(2, 4), among=among)
+  seen = set()
+  for index in range(40):
+    record = simulate_record(index, split="train", seed=0, config=config)
+    texts = [record["chosen"], record["rejected"], *(c["comment"] for c in record[COMMENTS])]
+    seen |= {d for text in texts for d in poles_of(text)}
+    seen |= labels_of(record).keys()
+  assert seen == set(among)
 
 
 def test_splits_share_no_user():

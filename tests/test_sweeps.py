@@ -259,3 +259,24 @@ def test_a_page_of_nothing_yet_and_of_many_values(rows, tmp_path):
   # Even steps of the logarithm stand evenly.
   np.testing.assert_allclose(np.abs(np.diff(across)), 92 / 11, atol=0.02)
   assert math.isnan(table.effects(many, "optimizer.learning_rate")[1.0][0].low)
+
+
+def test_a_number_has_a_curve_for_each_other_setting(rows, tmp_path):
+  trials = [
+    (f"{method}-{n}-{seed}", {"objective.name": method, "data.train_records": n, "seed": seed})
+    for method in ("ica", "pba")
+    for n in (80, 160, 320)
+    for seed in range(2)
+  ]
+  made = table.read_rows(_planned(tmp_path, trials))
+  made = [row._replace(outcome=_finished(0.5 + i / 30)) for i, row in enumerate(made)]
+  drawn = pictures.factor_curves(made, "data.train_records")
+  assert (
+    re.findall(r"<title>([^:]*):", drawn) == ["objective.name ica"] * 3 + ["objective.name pba"] * 3
+  )
+  mean = table.mean_of(made[:2])
+  assert f"objective.name ica: {100 * mean.mean:.1f} % [{100 * mean.low:.1f}, " in drawn
+  assert pictures.factor_curves(made, "objective.name") == ""
+  assert pictures.factor_curves(rows, "objective.beta") == ""  # two numbers make no curve
+  pictures.write_page(tmp_path / "sweep.html", made, title="Scale", command="")
+  assert "Alignment accuracy by data.train_records" in (tmp_path / "sweep.html").read_text("utf-8")

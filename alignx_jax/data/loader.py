@@ -24,7 +24,7 @@ from alignx_jax.data.formatting import Formatting, Refused, tokenise
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions, Rows, Tokenised, lay_out, stack
 from alignx_jax.data.stream import Place, Stream
-from alignx_jax.personas.persona import sample_history
+from alignx_jax.personas.persona import HistoryPolicy, sample_history
 
 # Raised when other examples come to share a row: a run goes on only as it began.
 PACKING = 2
@@ -178,8 +178,10 @@ class Loader:
     """
     place = self.stream[position]
     example = self.examples[place.example]
-    rng = history_rng(self.seed or 0, place.epoch, example.id)
-    persona = sample_history(example.persona, self.formatting.history, rng)
+    persona = example.persona
+    if self.formatting.history != HistoryPolicy():
+      rng = history_rng(self.seed or 0, place.epoch, example.id)
+      persona = sample_history(persona, self.formatting.history, rng)
     return place, tokenise(example, self.formatting, persona)
 
   @functools.cached_property

@@ -15,7 +15,7 @@ from alignx_jax.data.records import (
   read_examples,
 )
 from alignx_jax.personas.preferences import PreferenceSpace
-from alignx_jax.personas.simulator import simulate_record
+from alignx_jax.personas.simulator import SimulatorConfig, simulate_record
 
 
 def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Sequence[Example]]:
@@ -74,14 +74,21 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
 
 
 def simulated_examples(
-  size: int, *, split: str, space: PreferenceSpace, seed: int
+  size: int,
+  *,
+  split: str,
+  space: PreferenceSpace,
+  seed: int,
+  users: SimulatorConfig = SimulatorConfig(),
 ) -> list[Example]:
-  """The first `size` simulated users of a split, one example each."""
+  """The first `size` simulated users of a split, one example each.
+
+  Args:
+    users: how they and their texts are drawn.
+  """
   indices = tqdm(range(size), desc=f"simulating {split}", unit="user", mininterval=1.0)
-  return [
-    parse_record(simulate_record(i, split=split, seed=seed), space, f"simulated_{split}:{i}")
-    for i in indices
-  ]
+  record = lambda i: simulate_record(i, split=split, seed=seed, config=users)
+  return [parse_record(record(i), space, f"simulated_{split}:{i}") for i in indices]
 
 
 def split_by_post(

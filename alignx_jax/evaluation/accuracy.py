@@ -187,7 +187,7 @@ class BridgeScorer:
 
   def _loader(self, condition, shuffle=False):
     """What is scored, and of which examples there is a P̃ [X]."""
-    preferences_XPK = self._preferences(condition)
+    preferences_XPK = self.preferences(condition)
     if shuffle:
       preferences_XPK = preferences_XPK[others(len(self.examples))]
     known_X = np.isfinite(preferences_XPK).all(axis=(1, 2))
@@ -205,7 +205,7 @@ class BridgeScorer:
     without = {int(i): f"no {key[0]} P̃ to tell" for i in np.flatnonzero(~known_X)}
     return _reasons(self.score(*key), loader) | without
 
-  def _preferences(self, condition):
+  def preferences(self, condition: str) -> np.ndarray:
     """P̃ [X, P, K] under a condition, NaN where an example has none."""
     if condition == "inferred":
       return self.inferred_XPK

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from alignx_jax.evaluation.results import EMPTY, interval
+from alignx_jax.evaluation.results import EMPTY, interval, markdown
 from alignx_jax.personas.preferences import NEUTRAL, PreferenceSpace
 
 DIRECTIONS_K = np.array([0.0, NEUTRAL, 1.0])
@@ -343,7 +343,6 @@ def format_preference_table(rows: Sequence[Mapping]) -> str:
   _check_rows(rows, (*names, "users", "labels"))
   headings = ("macro-F1 % [95 % CI]", "ECE % (chance)", "pole ECE % (chance)", "users", "labels")
   columns = (*names, *headings)
-  plain = lambda text: " ".join(str(text).split()).replace("|", "\\|")
   share = lambda value: f"{100 * value:.1f}"
 
   def error(row, key):
@@ -354,7 +353,7 @@ def format_preference_table(rows: Sequence[Mapping]) -> str:
 
   cells = [
     (
-      *(plain(row[key]) for key in names),
+      *(row[key] for key in names),
       "–" if row["macro_f1"] is None else f"{share(row['macro_f1'])} {interval(row)}",
       error(row, "ece"),
       error(row, "ece_poles"),
@@ -363,15 +362,8 @@ def format_preference_table(rows: Sequence[Mapping]) -> str:
     )
     for row in rows
   ]
-  widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-  line = lambda row: "| " + " | ".join(row) + " |"
-  left = len(names) + 1  # The interval reads from the left, as in results.format_table.
-  fit = lambda row: [
-    cell.ljust(width) if i < left else cell.rjust(width)
-    for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-  ]
-  rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-  return "\n".join(line(row) for row in (fit(columns), rule, *map(fit, cells)))
+  # The interval reads from the left, as in results.format_table.
+  return markdown(columns, cells, left=len(names) + 1)
 
 
 def _rows(predictors, directions_XP, bins, samples, seed):

@@ -91,6 +91,76 @@ def accuracy_bars(results):
   )
 
 
+def html_table(markdown: str) -> str:
+  """A Markdown table as HTML; all columns but the first hold figures."""
+  heads, _, *lines = (
+    [escape(cell.strip()) for cell in line.strip("| ").split(" | ")]
+    for line in markdown.splitlines()
+  )
+  row = lambda kind, cells: "".join(
+    f"<{kind}{' class=number' if i else ''}>{cell}</{kind}>" for i, cell in enumerate(cells)
+  )
+  body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in lines)
+  return (
+    f'<div class="scroll"><table><thead><tr>{row("th", heads)}</tr></thead>'
+    f"<tbody>{body}</tbody></table></div>"
+  )
+
+
+def share_curves(lines, *, across: str, up: str = "Alignment accuracy, %") -> str:
+  """Shares by what was varied, each with its interval: one SVG of 720 by 300 units, a line each.
+
+  Args:
+    lines: name -> {value: result}, of results with "accuracy", "low" and "high". Values stand
+      side by side in ascending order, however far apart they are.
+    across: what the values are.
+  """
+  values = sorted({value for results in lines.values() for value in results})
+  if not values:
+    return f"<p>{EMPTY}</p>"
+  left, right, top, bottom = 44, 700, 16 + 18 * -(-len(lines) // 4), 250
+  at_x = {
+    v: left + 24 + i * (right - left - 48) / max(1, len(values) - 1) for i, v in enumerate(values)
+  }
+  at_y = lambda share: bottom - share * (bottom - top)
+  grid = "".join(
+    f'<line class="{kind}" x1="{left}" x2="{right}" y1="{at_y(s):g}" y2="{at_y(s):g}"/>'
+    f'<text class="soft end" x="{left - 6}" y="{at_y(s) + 4:g}">{100 * s:g}</text>'
+    for s, kind in ((0, "grid"), (0.25, "grid"), (0.5, "mark"), (0.75, "grid"), (1, "grid"))
+  ) + "".join(
+    f'<text class="soft middle" x="{x:.1f}" y="{bottom + 18}">{escape(f"{v:g}")}</text>'
+    for v, x in at_x.items()
+  )
+  drawn, key = [], []
+  for i, (name, results) in enumerate(lines.items()):
+    cycle, colour = divmod(i, RUN_COLOURS)
+    style = f'class="curve run{colour}" stroke-dasharray="{DASHES[cycle % len(DASHES)]}"'
+    points = [(at_x[v], results[v]) for v in sorted(results)]
+    # A lone point, drawn as a line to itself, shows as a round dot.
+    corners = " ".join(f"{x:.1f},{at_y(r['accuracy']):.1f}" for x, r in points + points[-1:])
+    drawn.append(f'<path {style} d="M{corners}"/>')
+    for x, r in points:
+      x += 3 * (i - (len(lines) - 1) / 2)  # beside one another
+      drawn.append(
+        f"<g><title>{escape(str(name))}: {percent(r)} % {interval(r)}</title>"
+        f'<line class="curve run{colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{at_y(r["low"]):.1f}" '
+        f'y2="{at_y(r["high"]):.1f}"/><circle class="bubble run{colour}" cx="{x:.1f}" '
+        f'cy="{at_y(r["accuracy"]):.1f}" r="3.5"/></g>'
+      )
+    x, y = left + 24 + 165 * (i % 4), 8 + 18 * (i // 4)
+    key.append(
+      f'<path {style} d="M{x} {y}H{x + 26}"/>'
+      f'<text class="soft" x="{x + 32}" y="{y + 4}">{escape(str(name))}</text>'
+    )
+  return (
+    f'<svg role="img" aria-label="{escape(up)} by {escape(across, quote=True)}" '
+    f'viewBox="0 0 720 300">{grid}{"".join(drawn)}{"".join(key)}'
+    f'<text class="soft middle" x="{(left + right) / 2:g}" y="{bottom + 40}">{escape(across)}'
+    f'</text></svg><p class="note">{escape(up)}. Whiskers: 95 % interval. '
+    "Dashed: chance.</p>"
+  )
+
+
 def training_curves(curves):
   """One SVG a metric, one line a run."""
   if not any(curves.values()):

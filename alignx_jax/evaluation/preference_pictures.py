@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 
 from alignx_jax.evaluation.calibration import AT_LEAST, DIRECTIONS_K, format_preference_table
-from alignx_jax.evaluation.pictures import write_svg
+from alignx_jax.evaluation.pictures import html_table, write_svg
 from alignx_jax.evaluation.results import EMPTY
 from alignx_jax.personas.preferences import NEUTRAL, PreferenceSpace
 
@@ -136,20 +136,7 @@ def _dimension(dimension, probabilities_K, truth, y):
 
 def preference_table(rows: Sequence[Mapping]) -> str:
   """`format_preference_table` as HTML."""
-  heads, _, *lines = (
-    [escape(cell.strip()) for cell in line.strip("| ").split(" | ")]
-    for line in format_preference_table(rows).splitlines()
-  )
-  head = "".join(f"<th{' class=number' if i else ''}>{cell}</th>" for i, cell in enumerate(heads))
-  body = "".join(
-    "<tr>"
-    + "".join(f"<td{' class=number' if i else ''}>{cell}</td>" for i, cell in enumerate(cells))
-    + "</tr>"
-    for cells in lines
-  )
-  return (
-    f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-  )
+  return html_table(format_preference_table(rows))
 
 
 def reliability_diagram(groups: Mapping[str, Sequence[Mapping]]) -> str:

@@ -33,6 +33,16 @@ LEGEND = {
     "shuffled": "another user's persona, P̃ or z, the floor",
     "none": "no persona; of vpl z = 0",
     "N acts": "the policy's first condition, where it knows N acts of the user",
+    "N comments": "the same, of comments alone",
+    "N pairs": "the same, of compared pairs alone",
+    "reversed": "P̃ with every direction turned; low, where the policy does what P̃ says",
+    "golden reversed": "the same of golden P̃",
+    "exchanged": "as if the user had preferred the other response of each pair of the history",
+    "pairs exchanged": "the same, and of the user nothing is known but these pairs",
+    "strength S": "one dimension of the pair steered towards the user's pole (+) or the other (−)",
+    "another reversed": "turned is the dimension that P̃ is surest of and the pair is not of",
+    "aligned + N": "aligned without the held-out dimensions, then trained on N examples of them",
+    "base + N": "the base, trained on N examples of the held-out dimensions and no others",
     "length": "the longer response wins, no model",
   },
   "protocol": {
@@ -56,26 +66,31 @@ def format_table(results, *, extra=None) -> str:
   check(results)
   if not results:
     return EMPTY
-  plain = lambda text: " ".join(str(text).split()).replace("|", "\\|")
   extra = extra or {}
-  heads = (*COLUMNS, *extra.values())
   rows = [
     (
-      *(plain(r[key]) for key in COLUMNS[:3]),
+      *(r[key] for key in COLUMNS[:3]),
       f"{percent(r)} {interval(r)}",
-      str(r["examples"]),
-      *(plain(r[key]) for key in extra),
+      r["examples"],
+      *(r[key] for key in extra),
     )
     for r in results
   ]
-  widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+  return markdown((*COLUMNS, *extra.values()), rows, left=3)
+
+
+def markdown(columns, rows, *, left: int) -> str:
+  """A Markdown table that also reads well in a terminal; so many columns are of words."""
+  plain = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+  rows = [tuple(map(plain, row)) for row in rows]
+  widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
   line = lambda cells: "| " + " | ".join(cells) + " |"
   fit = lambda row: [
-    cell.ljust(width) if i < 3 else cell.rjust(width)
+    cell.ljust(width) if i < left else cell.rjust(width)
     for i, (cell, width) in enumerate(zip(row, widths, strict=True))
   ]
-  rule = ["-" * width if i < 3 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-  return "\n".join(line(cells) for cells in (fit(heads), rule, *map(fit, rows)))
+  rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+  return "\n".join(line(cells) for cells in (fit(columns), rule, *map(fit, rows)))
 
 
 def format_policies(results) -> str:

@@ -43,6 +43,7 @@ class SimulatorConfig:
     noise: poles of the user's neutral dimensions mixed into one text.
     described: dimensions of the user that the description gives away.
     comments, pairs: history items of a persona.
+    among: indices of the dimensions that users and their texts are of; None: all.
   """
 
   dimensions: tuple[int, int] = (3, 5)
@@ -52,6 +53,7 @@ class SimulatorConfig:
   described: tuple[int, int] = (1, 1)
   comments: tuple[int, int] = (2, 3)
   pairs: tuple[int, int] = (1, 2)
+  among: tuple[int, ...] | None = None
 
 
 # Users whose records are about as long as the published ones: a context's median is some
@@ -81,6 +83,8 @@ class SimulatedUser:
   def draw_noise(self) -> list[tuple[int, float]]:
     """(dimension, direction) of poles that say nothing of the user."""
     neutral = np.flatnonzero(self.directions == NEUTRAL)
+    if self.config.among is not None:
+      neutral = np.intersect1d(neutral, self.config.among)
     chosen = self.rng.choice(neutral, size=_between(self.rng, self.config.noise), replace=False)
     return [(int(d), float(self.rng.integers(2))) for d in chosen]
 
@@ -151,7 +155,8 @@ def simulate_user(
   rng = np.random.default_rng([seed, SPLITS.index(split), index])
   directions_P = np.full(len(alignx_space()), NEUTRAL)
   count = _between(rng, config.dimensions)
-  active = rng.choice(len(directions_P), size=count, replace=False)
+  among = len(directions_P) if config.among is None else np.asarray(config.among)
+  active = rng.choice(among, size=count, replace=False)
   directions_P[active] = rng.integers(2, size=count)
   return SimulatedUser(directions_P, rng, config)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from alignx_jax.evaluation.pictures import CSS
+from alignx_jax.evaluation.pictures import CSS, RUN_COLOURS, share_curves
 from alignx_jax.evaluation.report import page, section
 from alignx_jax.files import write_text
 from alignx_jax.sweeps import table
@@ -45,6 +45,9 @@ def write_page(path: Path, rows: Sequence[Row], *, title: str, command: str) -> 
     )
     panels = f'<div class="panels">{effects}</div><p class="note">{note}</p>'
     sections.append(section("Effect of each factor on alignment accuracy, %", panels))
+    for factor in factors:
+      if "<svg" in (drawn := factor_curves(rows, factor)):
+        sections.append(section(f"Alignment accuracy by {factor}", drawn))
     sections.append(section("Every finished trial", parallel_coordinates(rows)))
   if failed := table.failures(rows):
     told = "".join(
@@ -99,6 +102,27 @@ def effect_plot(rows: Sequence[Row], factor: str) -> str:
   grid = _grid(ticks, at, y)
   label = escape(f"Accuracy by {factor}", quote=True)
   return f'<svg role="img" aria-label="{label}" height="{y + 22}">{grid}{"".join(parts)}</svg>'
+
+
+def factor_curves(rows: Sequence[Row], factor: str) -> str:
+  """An SVG of the accuracy by a factor of three to MANY numbers, a line for each other setting.
+
+  "" where it has others, or other factors make more lines than can be told apart.
+  """
+  values = table.values_of(rows, factor)
+  if not 3 <= len(values) <= MANY or not table.are_numbers(values):
+    return ""
+  lines = {}
+  for group in table.settings(rows).values():
+    if mean := table.mean_of(group):
+      factors = dict(table.setting(group[0]))
+      value = factors.pop(factor)
+      told = (f"{name} {plain(x)}" for name, x in factors.items() if name in table.varied(rows))
+      # A single trial without pairs has no interval.
+      low, high = (mean.mean if math.isnan(x) else x for x in (mean.low, mean.high))
+      result = {"accuracy": mean.mean, "low": low, "high": high}
+      lines.setdefault(", ".join(told) or "all", {})[value] = result
+  return share_curves(lines, across=factor) if lines and len(lines) <= RUN_COLOURS else ""
 
 
 def _scatter(rows, factor, values) -> str:
