@@ -21,8 +21,8 @@ from alignx_jax.evaluation.accuracy import (
   length_control,
 )
 from alignx_jax.evaluation.calibration import format_preference_table, softmax
-from alignx_jax.evaluation.latents import latent_results, summarise
 from alignx_jax.evaluation.history_length import matched_ratio
+from alignx_jax.evaluation.latents import latent_results, summarise
 from alignx_jax.evaluation.results import format_table, write_results
 from alignx_jax.experiment import Experiment, make_formatting
 from alignx_jax.personas.persona import HistoryPolicy
