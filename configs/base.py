@@ -45,6 +45,8 @@ def get_config() -> ConfigDict:
   config.data.train_records = config_dict.placeholder(int)  # None: all; simulated: required
   config.data.test_records = config_dict.placeholder(int)  # likewise
   config.data.validation_records = 500  # the most on which a head's P̃ is calibrated
+  # Simulated users state an age and a gender; the probability that their preferences follow.
+  config.data.demographics = config_dict.placeholder(float)  # None: they state none
   config.data.test_share = 0.5  # of posts, for a JSON list
   # Above 1 the small sources of a prepared set come more often: shares ∝ size^(1/temperature).
   config.data.temperature = 1.0

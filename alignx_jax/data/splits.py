@@ -15,7 +15,7 @@ from alignx_jax.data.records import (
   read_examples,
 )
 from alignx_jax.personas.preferences import PreferenceSpace
-from alignx_jax.personas.simulator import simulate_record
+from alignx_jax.personas.simulator import SimulatorConfig, simulate_record
 
 
 def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Sequence[Example]]:
@@ -38,9 +38,15 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
       if size is None or (not size and split != "validation"):
         raise ValueError(f"Simulated data has no end; set config.data.{split}_records.")
     return {
-      split: simulated_examples(size, split=split, space=space, seed=seed)
+      split: simulated_examples(
+        size, split=split, space=space, seed=seed, demographics=config.demographics
+      )
       for split, size in sizes.items()
     }
+  if config.demographics is not None:
+    raise ValueError(
+      "config.data.demographics is of simulated users; leave it None where people are real."
+    )
   if not config.path:
     raise ValueError(
       "config.data.path is empty; set it to a JSON list of records or a prepared directory."
@@ -74,13 +80,22 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
 
 
 def simulated_examples(
-  size: int, *, split: str, space: PreferenceSpace, seed: int
+  size: int,
+  *,
+  split: str,
+  space: PreferenceSpace,
+  seed: int,
+  demographics: float | None = None,
 ) -> list[Example]:
-  """The first `size` simulated users of a split, one example each."""
+  """The first `size` simulated users of a split, one example each.
+
+  Args:
+    demographics: see SimulatorConfig.
+  """
+  options = {"split": split, "seed": seed, "config": SimulatorConfig(demographics=demographics)}
   indices = tqdm(range(size), desc=f"simulating {split}", unit="user", mininterval=1.0)
   return [
-    parse_record(simulate_record(i, split=split, seed=seed), space, f"simulated_{split}:{i}")
-    for i in indices
+    parse_record(simulate_record(i, **options), space, f"simulated_{split}:{i}") for i in indices
   ]
 
 
