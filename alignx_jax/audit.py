@@ -24,7 +24,9 @@ def main(config, workdir):
 
   hosts.connect()
   command = " ".join(["python -m alignx_jax.audit", *sys.argv[1:]])
-  print(run_audit(config, workdir, dimensions=_DIMENSION.value, command=command))
+  tables = run_audit(config, workdir, dimensions=_DIMENSION.value, command=command)
+  if hosts.is_first():
+    print(f"{tables}\n\nReport: {workdir / 'bias.html'}")
 
 
 if __name__ == "__main__":
