@@ -13,15 +13,10 @@ from alignx_jax import experiment as experiments
 from alignx_jax import measuring
 from alignx_jax.bridges import directions_of, inferred_logits, profiled, temperature_of
 from alignx_jax.config_checks import has_head
+from alignx_jax.data.groups import NOT_KNOWN
 from alignx_jax.data.records import Example
 from alignx_jax.evaluation.accuracy import CONDITIONS, Scorer, accuracy_rows
-from alignx_jax.evaluation.bias import (
-  LEAST_PAIRS,
-  NOT_KNOWN,
-  audit_groups,
-  demographic_groups,
-  holders,
-)
+from alignx_jax.evaluation.bias import LEAST_PAIRS, audit_groups, groups_of
 from alignx_jax.evaluation.bias_report import LEGEND, format_audit, pictures, remarks
 from alignx_jax.evaluation.calibration import softmax
 from alignx_jax.evaluation.counterfactual import Seen, counterfactual_rows, counterfactuals
@@ -127,7 +122,7 @@ def audit(config, workdir: Path, *, dimensions: Sequence[str] = ()) -> dict:
   audited = load_audited(config, workdir)
   experiment = audited.experiment
   examples, space = list(experiment.test), experiment.formatting.space
-  chosen = {pole: holders(examples, space, pole) for pole in dimensions}
+  chosen = {pole: groups_of(examples, pole, space) for pole in dimensions}
   seen, ratio_XN = audited.look(examples)
   overall = accuracy_rows(audited.name, CONDITIONS[audited.name][0], "matched", examples, ratio_XN)
   if not overall:
@@ -135,11 +130,11 @@ def audit(config, workdir: Path, *, dimensions: Sequence[str] = ()) -> dict:
 
   named = {space.find(pole)[0] for pole in dimensions}
   others = [d.positive for i, d in enumerate(space.dimensions) if i not in named]
-  held = {pole: holders(examples, space, pole) for pole in others}
+  held = {pole: groups_of(examples, pole, space) for pole in others}
   enough = lambda of: min(of.count("positive"), of.count("negative")) >= LEAST_PAIRS
   large = {pole: of for pole, of in held.items() if enough(of)}
   posts = [example.post for example in examples]
-  stated = demographic_groups(examples)
+  stated = {attribute: groups_of(examples, attribute, space) for attribute in GROUPS}
   probabilities = experiment.config.objective.loss == "sigmoid"
   groups, gaps = [], []
   for attribute, of in {**stated, **chosen, **large}.items():

@@ -80,6 +80,10 @@ def get_config() -> ConfigDict:
   config.objective.beta = 0.1  # β, per nat; of "simpo" the rewards' scale, usually 2 or more
   config.objective.label_smoothing = 0.0  # of "sigmoid": share of labels taken to be wrong
   config.objective.target_margin = 0.0  # γ of "simpo", in units of its rewards
+  # "age", "gender" or a pole: groups of these weigh alike in the loss, whatever their sizes.
+  config.objective.groups = config_dict.placeholder(str)
+  # With groups: η of group DRO, per nat: the worse a group's loss, the more it comes to weigh.
+  config.objective.group_step = config_dict.placeholder(float)
 
   # What stands between persona and response in PBA.
   config.bridge = ConfigDict()

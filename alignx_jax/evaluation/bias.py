@@ -9,49 +9,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from alignx_jax.data.groups import HOLDERS, NOT_KNOWN, group_of
 from alignx_jax.data.records import Example
 from alignx_jax.evaluation.calibration import (
   bin_counts,
   calibration_error,
   chance_calibration_error,
 )
-from alignx_jax.personas.demographics import GROUPS, NOT_STATED, stated
+from alignx_jax.personas.demographics import GROUPS, NOT_STATED
 from alignx_jax.personas.preferences import PreferenceSpace
 
 # Fewer pairs, or of fewer posts, say nothing of a group.
 LEAST_PAIRS, LEAST_POSTS = 30, 10
 # What a group's pairs are measured by, and the unit.
 FIGURES = {"accuracy": "share", "margin": "nats", "overconfidence": "share"}
-HOLDERS = ("positive", "negative", "neutral")
-NOT_KNOWN = "not known"
 _BINS = 20  # of a confidence, which is 0.5 or more: half of them are used
 
 
-def demographic_groups(examples: Sequence[Example]) -> dict[str, list[str]]:
-  """Age and gender of each example's user as the description states them, else NOT_STATED."""
-  return {
-    attribute: [stated(example.persona.description, attribute) for example in examples]
-    for attribute in GROUPS
-  }
-
-
-def holders(examples: Sequence[Example], space: PreferenceSpace, pole: str) -> list[str]:
-  """Whether each record's directions are positive, negative or neutral on a pole's dimension.
-
-  Positive is the pole named. NOT_KNOWN where the record has no directions.
-
-  Raises:
-    ValueError: no such pole.
-  """
-  dimension, direction = space.find(pole)
-
-  def holder(example):
-    if example.directions is None or not np.isfinite(example.directions[dimension]):
-      return NOT_KNOWN
-    value = example.directions[dimension]
-    return "neutral" if value == 0.5 else "positive" if value == direction else "negative"
-
-  return [holder(example) for example in examples]
+def groups_of(examples: Sequence[Example], by: str, space: PreferenceSpace) -> list[str]:
+  """The group of each example by "age", "gender" or a pole, see data.groups.group_of."""
+  return [group_of(example, by, space) for example in examples]
 
 
 def audit_groups(

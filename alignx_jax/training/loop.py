@@ -13,6 +13,7 @@ from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.files import as_path, write_text
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
+from alignx_jax.objectives.groups import GroupObjective
 from alignx_jax.objectives.losses import reference_kind
 from alignx_jax.training import hosts
 from alignx_jax.training.bridge import SPACE, bridge_objective, label_sample
@@ -124,7 +125,8 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
   optimizer = make_optimizer(
     config.optimizer, steps, bridge_learning_rate=config.bridge.learning_rate if bridge else 0.0
   )
-  programs = make_steps(config, model, mesh, regions, optimizer, bridge)
+  groups = GroupObjective.of(config.objective, loader.grouping)
+  programs = make_steps(config, model, mesh, regions, optimizer, bridge, groups)
   rows_sharding = programs.rows.tokens_BL.sharding
   del log_probs
   trained, frozen = split_trainable(params, bridge_alone=config.bridge.alone)
