@@ -13,7 +13,7 @@ def _run(*arguments):
   return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "study", "sweep", "win_rate"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "study", "sweep", "win_rate", "audit"])
 def test_help_comes_at_once(name):
   started = time.perf_counter()
   done = _run(f"alignx_jax.{name}", "--help")
