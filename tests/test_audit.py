@@ -9,8 +9,6 @@ from alignx_jax import experiment as experiments
 from alignx_jax.evaluation import bias, counterfactual, leakage
 from configs import study_simulated
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
-
 
 @pytest.fixture(params=["ica", "pba_head"])
 def run(request, tmp_path, monkeypatch):

@@ -63,14 +63,17 @@ class GroupObjective:
     return total, metrics
 
   def updated(self, weights_G, metrics):
-    """q_g ← q_g exp(η loss_g), normalised (Sagawa et al. 2020, algorithm 1); absent groups' stay.
+    """q_g ← q_g exp(η loss_g), normalised (Sagawa et al. 2020, algorithm 1).
 
-    There the step's own gradient is weighted by the new q; here by the old, as the losses of a
-    step in parts are known only when its gradient is. The next step has the new one.
+    loss_g is the batch's sum over the group by the number that it has on average, N p_g: right on
+    average, though a group that is rare is not in every batch. A mean would let those groups win
+    that are always there. The step's own gradient has the q before, as the losses of a step in
+    parts are known only when its gradient is; algorithm 1 has the one after.
 
     Args:
-      metrics: of the whole step, over all devices and parts, see loss_sum.
+      metrics: of the whole step, over all devices and parts: "loss", and those of loss_sum.
     """
-    sums = [metrics[f"loss/{name}"] for name in self.names]
-    loss_G = jnp.stack([total / jnp.maximum(count, 1) for total, count in sums])
+    examples = jnp.maximum(metrics["loss"][1], 1)
+    sum_G = jnp.stack([metrics[f"loss/{name}"][0] for name in self.names])
+    loss_G = sum_G / (examples * jnp.asarray(self.shares, jnp.float32))
     return jax.nn.softmax(jnp.log(weights_G) + self.step_size * loss_G)
