@@ -143,10 +143,8 @@ def audit(config, workdir: Path, *, dimensions: Sequence[str] = ()) -> dict:
     gaps += rows[1]
 
   swaps, note, after = counterfactuals(examples), "", []
-  if audited.name == "pba":
-    note = (
-      "This policy is told P̃ of the history's labels and reads no description: none is swapped."
-    )
+  if audited.name in ("pba", "dpo"):
+    note = f"The prompts of {audited.name} have nothing of a user's description: none is swapped."
   elif swaps:
     others_seen, _ = audited.look([swap.example for swap in swaps])
     after = counterfactual_rows(swaps, seen, others_seen, experiment.space)
