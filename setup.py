@@ -56,6 +56,7 @@ setup(
     "orbax-checkpoint>=0.12.8,<0.13",
     "pyarrow>=17",
     "safetensors>=0.8,<1",
+    "scipy>=1.13",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9,<5",
     "tokenizers>=0.21",

@@ -48,6 +48,11 @@ def check_names(config) -> None:
     raise ValueError(
       f"config.objective.target_margin is {objective.target_margin}; set it to 0 or more."
     )
+  if objective.group_step is not None and not (objective.groups and objective.group_step >= 0):
+    raise ValueError(
+      f"config.objective.group_step is {objective.group_step}; set it to 0 or more, and "
+      "config.objective.groups to what the groups are by."
+    )
   for field, loss in OF_ONE_LOSS.items():
     if objective[field] and objective.loss != loss:
       raise ValueError(

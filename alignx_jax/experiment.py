@@ -19,6 +19,7 @@ from alignx_jax.config_checks import (
   head_config,
 )
 from alignx_jax.data.formatting import Formatting
+from alignx_jax.data.groups import count_groups
 from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.data.prepared import PreparedExamples, is_prepared, prepared_space
 from alignx_jax.data.proposals import proposed_regions
@@ -442,6 +443,9 @@ def training_loader(experiment: Experiment) -> Loader:
       )
     groups = list(examples.by_source().values())
     mixture = groups, mixing_rates([len(group) for group in groups], config.data.temperature)
+  grouping = None
+  if by := config.objective.groups:
+    grouping = count_groups(experiment.train, by, experiment.formatting.space)
   return Loader(
     experiment.train,
     experiment.formatting,
@@ -450,6 +454,7 @@ def training_loader(experiment: Experiment) -> Loader:
     seed=config.seed,
     workers=config.data.workers,
     mixture=mixture,
+    grouping=grouping,
   )
 
 

@@ -45,6 +45,8 @@ def get_config() -> ConfigDict:
   config.data.train_records = config_dict.placeholder(int)  # None: all; simulated: required
   config.data.test_records = config_dict.placeholder(int)  # likewise
   config.data.validation_records = 500  # the most on which a head's P̃ is calibrated
+  # Simulated users state an age and a gender; the probability that their preferences follow.
+  config.data.demographics = config_dict.placeholder(float)  # None: they state none
   config.data.test_share = 0.5  # of posts, for a JSON list
   # Above 1 the small sources of a prepared set come more often: shares ∝ size^(1/temperature).
   config.data.temperature = 1.0
@@ -80,6 +82,10 @@ def get_config() -> ConfigDict:
   config.objective.beta = 0.1  # β, per nat; of "simpo" the rewards' scale, usually 2 or more
   config.objective.label_smoothing = 0.0  # of "sigmoid": share of labels taken to be wrong
   config.objective.target_margin = 0.0  # γ of "simpo", in units of its rewards
+  # "age", "gender" or a pole: groups of these weigh alike in the loss, whatever their sizes.
+  config.objective.groups = config_dict.placeholder(str)
+  # With groups: η of group DRO, per nat: the worse a group's loss, the more it comes to weigh.
+  config.objective.group_step = config_dict.placeholder(float)
 
   # What stands between persona and response in PBA.
   config.bridge = ConfigDict()

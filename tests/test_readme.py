@@ -185,6 +185,22 @@ def test_commands_on_benchmarks(tmp_path):
   assert (tmp_path / "pba" / "benchmarks" / "report.html").exists()
 
 
+@pytest.mark.slow
+def test_the_command_that_audits(tmp_path):
+  (command,) = [shlex.split(command) for command in COMMANDS if "alignx_jax.audit" in command]
+  small = [f"--{name}={value}" for name, value in SMALL.items()]
+  run = ["python", "-m", "alignx_jax.train", command[3], f"--workdir={tmp_path}/study/ica", *small]
+  run += ["--config.data.demographics=0.5", "--config.objective.groups=gender"]
+  run += ["--config.objective.group_step=0.01"]
+  subprocess.run(run, cwd=ROOT, capture_output=True, timeout=600, check=True)
+  arguments = [a.replace("runs/", f"{tmp_path}/") for a in command]
+  arguments += [*small, "--config.data.demographics=0.5", "--dimension=Likes music"]
+  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "too few to say" in done.stdout and "| Likes music |" in done.stdout
+  assert (tmp_path / "study/ica/bias.html").exists()
+
+
 def test_commands_that_prepare_data(tmp_path):
   commands = [command for command in COMMANDS if "prepare_data" in command]
   assert len(commands) == 2

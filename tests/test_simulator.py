@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 
 from alignx_jax.data.records import COMMENTS, DESCRIPTION, DIRECTIONS, PAIRS, parse_record
 from alignx_jax.personas import simulator
+from alignx_jax.personas.demographics import NOT_STATED, stated
 from alignx_jax.personas.preferences import alignx_space
 from alignx_jax.personas.prompts import text_of
 from alignx_jax.personas.simulator import (
+  LINKED,
   SPLITS,
   SimulatorConfig,
   expressed_directions,
@@ -261,3 +264,41 @@ def test_base_authors_are_no_user_of_another_split():
   base = {simulate_user(i, split="base", seed=0).directions.tobytes() for i in range(200)}
   others = {simulate_user(i, split="test", seed=0).directions.tobytes() for i in range(200)}
   assert base.isdisjoint(others)
+
+
+@pytest.mark.parametrize("link", [0.0, 1.0])
+def test_demographics_are_stated_and_leave_users_who_they_were(link):
+  config = SimulatorConfig(demographics=link)
+  groups = collections.Counter()
+  for index in range(40):
+    user = simulate_user(index, split="test", seed=3, config=config)
+    plain = simulate_user(index, split="test", seed=3)
+    record = simulate_record(index, split="test", seed=3, config=config)
+    text = record[DESCRIPTION]
+    assert text.startswith(user.introduction) and NOT_STATED not in (
+      stated(text, "age"),
+      stated(text, "gender"),
+    )
+    linked = np.zeros(90, bool)
+    for attribute, (group, poles) in LINKED.items():
+      groups[attribute, stated(text, attribute)] += 1
+      for pole in poles:
+        dimension, _ = alignx_space().find(pole)
+        linked[dimension] = True
+        if link:
+          assert user.directions[dimension] == (stated(text, attribute) == group)
+    np.testing.assert_array_equal(user.directions[~linked], plain.directions[~linked])
+    if not link:
+      # The introduction apart, byte for byte the record of a user who states none.
+      whole = simulate_record(index, split="test", seed=3)
+      assert record | {DESCRIPTION: text.removeprefix(user.introduction)} == whole
+  assert len(groups) == 5 and min(groups.values()) >= 5
+
+
+def test_groups_that_a_description_gives_away_are_not_contradicted():
+  # "Young" is a pole too: who is told to be young there and aged 70 states no age.
+  config = SimulatorConfig(demographics=0.0)
+  texts = [simulate_record(i, split="test", seed=0, config=config)[DESCRIPTION] for i in range(300)]
+  unknown = [text for text in texts if NOT_STATED in (stated(text, "age"), stated(text, "gender"))]
+  assert all(re.search("Young|Older|Female|Male", text) for text in unknown)
+  assert len(unknown) < 10

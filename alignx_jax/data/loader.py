@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags, logging
 
 from alignx_jax.data.formatting import Formatting, Refused, tokenise
+from alignx_jax.data.groups import Grouping
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions, Rows, Tokenised, lay_out, stack
 from alignx_jax.data.stream import Place, Stream
@@ -110,6 +111,7 @@ class Loader:
     reference: response log-probs under the reference, None until computed: [slots, N], or
       [examples, N] if the reference's prompt shows nothing that is drawn.
     preferences: P̃ of each example [examples, P, K], where it is given to a learned bridge.
+    grouping: of the examples, where groups are weighted.
     counts: refused examples by reason and dropped history items, so far as it was read.
   """
 
@@ -123,6 +125,7 @@ class Loader:
   mixture: tuple[Sequence[np.ndarray], Sequence[float]] | None = None
   reference: np.ndarray | None = None
   preferences: np.ndarray | None = None
+  grouping: Grouping | None = None
   counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   @property
@@ -182,7 +185,8 @@ class Loader:
     if self.formatting.history != HistoryPolicy():
       rng = history_rng(self.seed or 0, place.epoch, example.id)
       persona = sample_history(persona, self.formatting.history, rng)
-    return place, tokenise(example, self.formatting, persona)
+    ids = tokenise(example, self.formatting, persona)
+    return place, ids._replace(group=self.grouping(example)) if self.grouping else ids
 
   @functools.cached_property
   def stream(self) -> Stream:
@@ -275,6 +279,7 @@ class _Lane:
       references=references,
       dimensions=loader.formatting.dimensions,
       preferences=preferences,
+      grouped=loader.grouping is not None,
     )
     self._window = [item for i, item in enumerate(self._window) if i not in taken]
     lane_W = np.full(1 + loader.window, -1, np.int32)

@@ -82,6 +82,7 @@ class Rows(NamedTuple):
     example_BE: slot of the example in its stream (data/stream.py), −1 for an empty slot.
     personas: what a learned bridge infers P̃ from, if there is one and P̃ is not given.
     preferences_BEPK: P̃ where it is given: the probabilities of negative, neutral, positive.
+    group_BE: number of the example's group, where groups are weighted; −1 for none.
   """
 
   tokens_BL: np.ndarray
@@ -93,6 +94,7 @@ class Rows(NamedTuple):
   example_BE: np.ndarray
   personas: Personas | None = None
   preferences_BEPK: np.ndarray | None = None
+  group_BE: np.ndarray | None = None
 
 
 class TokenisedPart(NamedTuple):
@@ -109,6 +111,7 @@ class Tokenised(NamedTuple):
   Attributes:
     persona: the persona's parts, for a learned bridge; None without one.
     labels: the record's [P], for a learned bridge, if known.
+    group: number of the example's group, −1 for none.
   """
 
   context: list[int]
@@ -117,6 +120,7 @@ class Tokenised(NamedTuple):
   dropped: int = 0
   persona: tuple[TokenisedPart, ...] | None = None
   labels: np.ndarray | None = None
+  group: int = -1
 
   @property
   def sizes(self) -> tuple[int, ...]:
@@ -135,6 +139,7 @@ def lay_out(
   references: Sequence | None = None,
   dimensions: int = 0,
   preferences: Sequence | None = None,
+  grouped: bool = False,
 ) -> Rows:
   """One row, unbatched (no axis B), of examples that fit it together.
 
@@ -143,6 +148,7 @@ def lay_out(
     references: each example's reference log-probs [N]; None where not cached.
     dimensions: P, for a learned bridge; 0 where no labels are read.
     preferences: each example's P̃ [P, K], for a learned bridge to which it is given.
+    grouped: whether the row says which group each example is of.
   """
   C, R, E = regions.context, regions.response, regions.examples
   tokens_L, positions_L, segments_L = np.zeros((3, regions.layout), np.int32)
@@ -168,6 +174,10 @@ def lay_out(
     if references is not None:
       reference_NE[:, e] = references[e]
   row = Rows(tokens_L, positions_L, segments_L, targets_NR, weight_E, reference_NE, example_E)
+  if grouped:
+    group_E = np.full(E, -1, np.int32)
+    group_E[: len(examples)] = [example.group for example in examples]
+    row = row._replace(group_BE=group_E)
   if preferences is not None:
     preferences_EPK = np.zeros((E, dimensions, 3), np.float32)
     preferences_EPK[: len(examples)] = np.reshape(preferences, (-1, dimensions, 3))

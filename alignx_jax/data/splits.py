@@ -38,9 +38,19 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
       if size is None or (not size and split != "validation"):
         raise ValueError(f"Simulated data has no end; set config.data.{split}_records.")
     return {
-      split: simulated_examples(size, split=split, space=space, seed=seed)
+      split: simulated_examples(
+        size,
+        split=split,
+        space=space,
+        seed=seed,
+        users=SimulatorConfig(demographics=config.demographics),
+      )
       for split, size in sizes.items()
     }
+  if config.demographics is not None:
+    raise ValueError(
+      "config.data.demographics is of simulated users; leave it None where people are real."
+    )
   if not config.path:
     raise ValueError(
       "config.data.path is empty; set it to a JSON list of records or a prepared directory."

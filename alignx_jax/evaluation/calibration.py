@@ -159,7 +159,7 @@ def expected_calibration_error(probabilities_XPK, directions_XP, bins: int = 15)
   Raises:
     ValueError: see `confidence_counts`.
   """
-  return float(_ece(confidence_counts(probabilities_XPK, directions_XP, bins).sum(0)))
+  return float(calibration_error(confidence_counts(probabilities_XPK, directions_XP, bins).sum(0)))
 
 
 def pole_calibration_error(
@@ -178,7 +178,7 @@ def pole_calibration_error(
     ValueError: see `confidence_counts`.
   """
   counts = pole_counts(probabilities_XPK, directions_XP, bins, at_least=at_least)
-  return float(_ece(counts.sum(0)))
+  return float(calibration_error(counts.sum(0)))
 
 
 def reliability(
@@ -220,7 +220,7 @@ def confidence_counts(probabilities_XPK, directions_XP, bins: int) -> np.ndarray
   probabilities_XPK, label_XP = _checked(probabilities_XPK, directions_XP)
   said_XP = _classes(most_probable(probabilities_XPK))
   confidence_XP = probabilities_XPK.max(-1)
-  return _bin_counts(confidence_XP, said_XP == label_XP, label_XP >= 0, bins)
+  return bin_counts(confidence_XP, said_XP == label_XP, label_XP >= 0, bins)
 
 
 def pole_counts(
@@ -235,7 +235,7 @@ def pole_counts(
   poles_XPQ = probabilities_XPK[..., POLES_Q]
   hits_XPQ = label_XP[..., None] == POLES_Q
   counted_XPQ = (label_XP >= 0)[..., None] & (poles_XPQ >= at_least)
-  return _bin_counts(poles_XPQ, hits_XPQ, counted_XPQ, bins)
+  return bin_counts(poles_XPQ, hits_XPQ, counted_XPQ, bins)
 
 
 def bootstrap_users(
@@ -377,12 +377,12 @@ def _rows(predictors, directions_XP, bins, samples, seed):
       raise ValueError(f"{name}: {error}") from None
     row = {"predictor": name} | dict.fromkeys(SHARES)
     for key, each in counts.items():
-      measure = _macro_f1 if key == "macro_f1" else _ece
+      measure = _macro_f1 if key == "macro_f1" else calibration_error
       ends = ("low", "high") if key == "macro_f1" else (f"{key}_low", f"{key}_high")
       row[key] = float(measure(each.sum(0)))
       row |= zip(ends, bootstrap_users(measure, each, samples=samples, seed=seed), strict=True)
       if key != "macro_f1":
-        row[f"{key}_chance"] = float(_chance_ece(each.sum(0)))
+        row[f"{key}_chance"] = float(chance_calibration_error(each.sum(0)))
     # JSON has no NaN.
     row = {key: None if value != value else value for key, value in row.items()}
     rows.append(row | size)
@@ -440,7 +440,7 @@ def _checked(probabilities_XPK, directions_XP):
   return probabilities_XPK.clip(0, 1), label_XP
 
 
-def _bin_counts(values, hits, counted, bins):
+def bin_counts(values, hits, counted, bins):
   """[X, bins, 4]: entries, and sums of values p, hits and p(1 − p); a bin is (low, high]."""
   users, user = len(values), np.nonzero(counted)[0]
   values, hits = values[counted], hits[counted]
@@ -452,15 +452,18 @@ def _bin_counts(values, hits, counted, bins):
   return np.stack(sums, -1).reshape(users, bins, 4)
 
 
-def _ece(sums):
+def calibration_error(sums):
   """Calibration error of sums [..., bins, 4]; n_b/n · |mean − mean| is |sum − sum| / n."""
   count, value, hits, _ = np.moveaxis(sums, -1, 0)
   with np.errstate(invalid="ignore"):
     return np.abs(hits - value).sum(-1) / count.sum(-1)
 
 
-def _chance_ece(sums):
-  """What `_ece` expects of a perfect model: a bin's mean |normal|, √(2/π) · its deviation."""
+def chance_calibration_error(sums):
+  """What `calibration_error` expects of a perfect model: √(2/π) · each bin's deviation.
+
+  That is the mean of |normal|.
+  """
   count, _, _, variance = np.moveaxis(sums, -1, 0)
   with np.errstate(invalid="ignore"):
     return np.sqrt(2 / np.pi * variance).sum(-1) / count.sum(-1)

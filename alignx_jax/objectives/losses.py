@@ -78,6 +78,10 @@ class PreferenceLoss:
     numbers = objective.beta, objective.label_smoothing, objective.target_margin
     return cls(objective.loss, *numbers)
 
+  def of_examples(self, policy_BNE, reference_BNE, lengths_BNE):
+    """The loss of each example [B, E]; the arguments are those of a call."""
+    return LOSSES[self.name](policy_BNE, reference_BNE, lengths_BNE, self)[1]
+
   def __call__(self, policy_BNE, reference_BNE, lengths_BNE, weight_BE):
     """The loss to differentiate, and metrics.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alignx_jax.personas.demographics import stated
 from alignx_jax.personas.preferences import NEUTRAL, PreferenceSpace, alignx_space
 from alignx_jax.personas.prompts import Piece, fill, render_prompt, render_response
 
@@ -44,6 +45,8 @@ class SimulatorConfig:
     described: dimensions of the user that the description gives away.
     comments, pairs: history items of a persona.
     among: indices of the dimensions that users and their texts are of; None: all.
+    demographics: None: nobody states an age or a gender. Else all do, whatever else they are, and
+      with this probability a user holds each dimension of LINKED as their gender and age say.
   """
 
   dimensions: tuple[int, int] = (3, 5)
@@ -54,7 +57,15 @@ class SimulatorConfig:
   comments: tuple[int, int] = (2, 3)
   pairs: tuple[int, int] = (1, 2)
   among: tuple[int, ...] | None = None
+  demographics: float | None = None
 
+
+# What SimulatorConfig.demographics ties to a gender or an age, and the group that holds the
+# positive pole (the others the negative one). Chosen by lot, so that they are no stereotypes.
+LINKED = {
+  "gender": ("female", ("Likes workplace", "Likes digital technology", "Likes home decor")),
+  "age": ("young", ("Likes pets", "Likes knowledge", "Likes photography")),
+}
 
 # Users whose records are about as long as the published ones: a context's median is some
 # 1,500 tokens.
@@ -69,6 +80,7 @@ class SimulatedUser:
   rng: np.random.Generator
   config: SimulatorConfig
   wordings: tuple[int, ...] = tuple(range(6))  # of each pole's phrases, those the user uses
+  introduction: str = ""  # what the description says of age and gender
 
   @property
   def active(self) -> np.ndarray:
@@ -158,7 +170,17 @@ def simulate_user(
   among = len(directions_P) if config.among is None else np.asarray(config.among)
   active = rng.choice(among, size=count, replace=False)
   directions_P[active] = rng.integers(2, size=count)
-  return SimulatedUser(directions_P, rng, config)
+  introduction = ""
+  if config.demographics is not None:
+    # Drawn apart, so that users are otherwise who they were.
+    apart = np.random.default_rng([seed, SPLITS.index(split), index, 1])
+    introduction = f"A person aged {apart.integers(18, 80)}, {apart.choice(['female', 'male'])}. "
+    for attribute, (group, poles) in LINKED.items():
+      for pole in poles:
+        if apart.random() < config.demographics:
+          holds = stated(introduction, attribute) == group
+          directions_P[alignx_space().find(pole)[0]] = float(holds)
+  return SimulatedUser(directions_P, rng, config, introduction=introduction)
 
 
 def simulate_record(
@@ -198,7 +220,8 @@ def simulate_record(
   given_away = np.full(len(user.directions), NEUTRAL)
   told = user.rng.choice(user.active, size=_between(user.rng, config.described), replace=False)
   given_away[told] = user.directions[told]
-  return pair() | history | {"Demographic Information": describe(given_away, alignx_space())}
+  description = user.introduction + describe(given_away, alignx_space())
+  return pair() | history | {"Demographic Information": description}
 
 
 def describe(directions_P, space: PreferenceSpace) -> str:

@@ -214,7 +214,10 @@ class _Damage(NamedTuple):
 
 def _parts(state) -> dict:
   """A TrainState as items that can be read by themselves."""
-  return {"params": state.params, "optimizer": {"step": state.step, "optimizer": state.optimizer}}
+  optimizer = {"step": state.step, "optimizer": state.optimizer}
+  if state.group_weights is not None:
+    optimizer["group_weights"] = state.group_weights
+  return {"params": state.params, "optimizer": optimizer}
 
 
 def _restore_like(tree):

@@ -13,6 +13,7 @@ from alignx_jax.data.loader import PACKING, Loader
 from alignx_jax.files import as_path, write_text
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
+from alignx_jax.objectives.groups import GroupObjective
 from alignx_jax.objectives.losses import reference_kind
 from alignx_jax.training import hosts
 from alignx_jax.training.bridge import SPACE, objective_beside
@@ -122,7 +123,9 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
   optimizer = make_optimizer(
     config.optimizer, steps, bridge_learning_rate=own_rate if beside else 0.0
   )
-  programs = make_steps(config, model, mesh, loader.formatting.regions, optimizer, beside)
+  groups = GroupObjective.of(config.objective, loader.grouping)
+  regions = loader.formatting.regions
+  programs = make_steps(config, model, mesh, regions, optimizer, beside, groups)
   rows_sharding = programs.rows.tokens_BL.sharding
   del log_probs
   trained, frozen = split_trainable(params, bridge_alone=config.bridge.alone)

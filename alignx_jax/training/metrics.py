@@ -35,7 +35,8 @@ class MetricWriter:
     self._file.write(_to_json({"step": step, "time": time.time(), **metrics}))
     self._file.flush()
     for name, value in metrics.items():
-      self._board.add_scalar(name, value, step)
+      if not np.isnan(value):  # the mean of nothing is no point
+        self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
     self._file.close()

@@ -160,7 +160,7 @@ def cached_reference(log_probs: LogProbs, loader: Loader, directory, weights: st
     log_probs: of the reference.
     weights: fingerprint of its parameters.
   """
-  loader = dataclasses.replace(loader, formatting=loader.formatting.of_reference())
+  loader = dataclasses.replace(loader, formatting=loader.formatting.of_reference(), grouping=None)
   if not loader.formatting.history.random:
     loader = dataclasses.replace(loader, epochs=1, seed=None, mixture=None)
   key = cache_key(loader, log_probs.model, weights)

@@ -20,6 +20,7 @@ from alignx_jax.models.bridge import infer
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.latent import encode
 from alignx_jax.models.lora import split_trainable, without_lora
+from alignx_jax.objectives.groups import GroupObjective
 from alignx_jax.objectives.log_probs import response_lengths, response_log_probs
 from alignx_jax.objectives.losses import PreferenceLoss, reference_kind
 from alignx_jax.objectives.pba import BridgeObjective, bridged_log_probs, only_rows
@@ -36,11 +37,13 @@ class TrainState(NamedTuple):
 
   Attributes:
     params: what is trained: all parameters, or the factors of LoRA.
+    group_weights: q [G], where the loss is weighted by group.
   """
 
   step: jax.Array
   params: nnx.State
   optimizer: optax.OptState
+  group_weights: jax.Array | None = None
 
 
 class Steps(NamedTuple):
@@ -68,6 +71,7 @@ def make_steps(
   regions: Regions,
   optimizer: optax.GradientTransformation,
   bridge: BridgeObjective | LatentObjective | None = None,
+  groups: GroupObjective | None = None,
 ) -> Steps:
   """The training programs of a config.
 
@@ -75,6 +79,7 @@ def make_steps(
     config: configs/base.py's; read here are `bridge`, `objective`, `reference` and `train`.
     model: arrays or shapes alone.
     bridge: how the model's learned bridge, or its latent variable, is trained, if it has one.
+    groups: how groups are weighted, if they are.
   Raises:
     ValueError: sizes that do not divide by the mesh.
   """
@@ -83,7 +88,8 @@ def make_steps(
   online = reference_kind(config) == "online"
 
   def init(params):
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(as_float32(params)))
+    moments, weights_G = optimizer.init(as_float32(params)), groups and groups.start()
+    return TrainState(jnp.zeros((), jnp.int32), params, moments, weights_G)
 
   state = jax.eval_shape(init, trained)
   state = _with_shardings(state, state_shardings(state, meshes.param_shardings(trained, mesh)))
@@ -97,7 +103,11 @@ def make_steps(
     accumulation=config.train.accumulation,
     online=online,
     bridge=bridge,
+    groups=groups,
   )
+  rows = row_shapes(regions, config.train.rows, mesh, dimensions=count_dimensions(model))
+  if groups is not None:
+    rows = rows._replace(group_BE=rows.example_BE)
   return Steps(
     init=jax.jit(init, donate_argnums=0, out_shardings=shardings),
     train=jax.jit(
@@ -108,7 +118,7 @@ def make_steps(
     ),
     state=state,
     frozen=frozen,
-    rows=row_shapes(regions, config.train.rows, mesh, dimensions=count_dimensions(model)),
+    rows=rows,
   )
 
 
@@ -254,6 +264,7 @@ def train_step(
   accumulation: int,
   online: bool,
   bridge: BridgeObjective | LatentObjective | None = None,
+  groups: GroupObjective | None = None,
 ) -> tuple[TrainState, dict]:
   """One update, and its metrics as (numerator, denominator) pairs.
 
@@ -270,6 +281,8 @@ def train_step(
     online=online,
     bridge=bridge,
     step=state.step,
+    groups=groups,
+    weights_G=state.group_weights,
   )
   rows_trained = getattr(bridge, "rows", None)
   if rows_trained is not None:
@@ -284,12 +297,30 @@ def train_step(
   params = add_updates(state.params, updates, state.step)
   # What is not finite is not stepped into.
   new, old = (params, moments), (state.params, state.optimizer)
-  params, moments = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
-  return TrainState(state.step + 1, params, moments), metrics
+  weights_G = state.group_weights
+  if groups is not None:
+    metrics |= {
+      f"weight/{n}": (q, jnp.float32(1)) for n, q in zip(groups.names, weights_G, strict=True)
+    }
+    new, old = (*new, groups.updated(weights_G, metrics)), (*old, weights_G)
+  params, moments, *rest = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+  return TrainState(state.step + 1, params, moments, *rest), metrics
 
 
 def mean_gradient(
-  params, frozen, rows, *, graph, loss, chunk, accumulation, online, bridge=None, step=0
+  params,
+  frozen,
+  rows,
+  *,
+  graph,
+  loss,
+  chunk,
+  accumulation,
+  online,
+  bridge=None,
+  step=0,
+  groups=None,
+  weights_G=None,
 ):
   """Gradient of the mean loss, float32, on `accumulation` equal parts of the rows.
 
@@ -302,6 +333,7 @@ def mean_gradient(
       rows.
     bridge: how a learned bridge or a latent variable is trained, if the model has one; `step` is
       for it.
+    groups: how the loss of the log-probs is weighted by group, if it is, and the `weights_G`.
   Returns:
     The gradient of `params`, and metrics as (numerator, denominator) pairs.
   """
@@ -322,6 +354,11 @@ def mean_gradient(
       policy_BNE, beside_BE, beside_metrics = told
     lengths_BNE = response_lengths(part)
     (numerator, _), metrics = loss(policy_BNE, reference_BNE, lengths_BNE, part.weight_BE)
+    if groups is not None:
+      loss_BE = loss.of_examples(policy_BNE, reference_BNE, lengths_BNE)
+      of_groups = loss_BE, part.group_BE, part.weight_BE, weights_G
+      numerator, group_losses = groups.loss_sum(*of_groups)
+      metrics |= group_losses
     numerator += jnp.sum(beside_BE)
     used = [part.segments_BL] + ([part.personas.parts_BU] if part.personas else [])
     tokens = sum(jnp.sum(segments > 0) for segments in used).astype(jnp.float32)

@@ -1,0 +1,70 @@
+"""The audit of a trained run, from its workdir to the page; on a tiny model."""
+
+import json
+
+import pytest
+
+from alignx_jax import auditing
+from alignx_jax import experiment as experiments
+from alignx_jax.evaluation import bias, counterfactual, leakage
+from configs import study_simulated
+
+
+@pytest.fixture(params=["ica", "pba_head"])
+def run(request, tmp_path, monkeypatch):
+  """A run of one step on simulated users who state age and gender; few count as enough."""
+  for module in (bias, counterfactual, leakage, auditing):
+    monkeypatch.setattr(module, "LEAST_PAIRS", 3)
+    if hasattr(module, "LEAST_POSTS"):
+      monkeypatch.setattr(module, "LEAST_POSTS", 2)
+  config = study_simulated.get_config()
+  config.model.weights = "preset:tiny"
+  config.data.update(train_records=4, validation_records=4, test_records=10, demographics=0.0)
+  config.regions.update(context=2048, response=256, examples=1)
+  config.regions.update(prompt=256, persona=1024, parts=12)
+  config.train.update(rows=2, devices=1, steps=1)
+  config.eval.rows = 2
+  if request.param == "pba_head":
+    config.objective.name, config.bridge.kind = "pba", "head"
+  workdir = tmp_path / "run"
+  experiments.run_training(experiments.load_experiment(config), workdir)
+  return request.param, config, workdir
+
+
+def test_a_run_is_audited(run):
+  name, config, workdir = run
+  config.regions.context = 2304  # how it is audited may differ from how it was trained
+  told = auditing.run_audit(config, workdir, dimensions=["Likes music"], command="audit")
+  found = json.loads((workdir / "bias.json").read_text(encoding="utf-8"))
+  assert (found["policy"], found["examples"]) == (name, 10)
+  genders = {r["group"]: r for r in found["groups"] if r["attribute"] == "gender"}
+  assert genders.keys() <= {"female", "male"} and sum(r["examples"] for r in genders.values()) == 10
+  # What groups say adds up to what all say.
+  for key in ("accuracy", "margin"):
+    assert all(row[key] is not None for row in genders.values()), "another seed, please"
+  right = sum(row["accuracy"] * row["examples"] for row in genders.values())
+  assert right == pytest.approx(10 * found["accuracy"])
+  assert any(row["attribute"] == "Likes music" for row in found["groups"])
+  swaps = [r for r in found["counterfactual"] if r["attribute"] == "gender"]
+  assert sum(row["examples"] for row in swaps) == 10
+  assert all(row["absolute"] > 0 for row in swaps)  # it was read
+  assert all(("variation" in row) == (name == "pba_head") for row in swaps)
+  predictors = {row["predictor"] for row in found["leakage"]}
+  assert ("head" in predictors) == (name == "pba_head") and "golden" in predictors
+  page = (workdir / "bias.html").read_text(encoding="utf-8")
+  for word in ("By group", "female", "Likes music", "counterfactual"[:4]):
+    assert word in told + page
+  assert told.startswith(f"{name} of {workdir}: ")
+
+
+def test_too_few_are_said_to_be_too_few(run, monkeypatch):
+  name, config, workdir = run
+  if name != "ica":
+    pytest.skip("once is enough")
+  for module in (bias, counterfactual, leakage, auditing):
+    monkeypatch.setattr(module, "LEAST_PAIRS", 30)
+  told = auditing.run_audit(config, workdir)
+  assert "too few to say" in told and "No two groups are large enough." in told
+  assert "Of 90 dimensions 90 have too few holders" in told
+  with pytest.raises(ValueError, match="no pole"):
+    auditing.audit(config, workdir, dimensions=["Likes nothing at all"])
