@@ -43,6 +43,7 @@ class SimulatorConfig:
     noise: poles of the user's neutral dimensions mixed into one text.
     described: dimensions of the user that the description gives away.
     comments, pairs: history items of a persona.
+    among: indices of the dimensions that users are drawn from, no fewer than theirs; empty: all.
   """
 
   dimensions: tuple[int, int] = (3, 5)
@@ -52,6 +53,7 @@ class SimulatorConfig:
   described: tuple[int, int] = (1, 1)
   comments: tuple[int, int] = (2, 3)
   pairs: tuple[int, int] = (1, 2)
+  among: tuple[int, ...] = ()
 
 
 # Users whose records are about as long as the published ones: a context's median is some
@@ -151,7 +153,7 @@ def simulate_user(
   rng = np.random.default_rng([seed, SPLITS.index(split), index])
   directions_P = np.full(len(alignx_space()), NEUTRAL)
   count = _between(rng, config.dimensions)
-  active = rng.choice(len(directions_P), size=count, replace=False)
+  active = rng.choice(config.among or len(directions_P), size=count, replace=False)
   directions_P[active] = rng.integers(2, size=count)
   return SimulatedUser(directions_P, rng, config)
 
