@@ -8,18 +8,26 @@ EXTRAS = {
   "beam": ["apache-beam>=2.70,<3"],
   "gcs": ["gcsfs>=2024.6"],
   "gguf": ["gguf>=0.17,<1"],
+  "notebooks": [
+    "ipykernel>=6.29",
+    "ipywidgets>=8.1",
+    "matplotlib>=3.9",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
+  ],
   # Later sentencepiece needs a protobuf that TensorFlow does not go with.
   "seqio": ["seqio>=0.0.20,<0.1", "sentencepiece>=0.2,<0.2.2"],
   "sweep": ["pyarrow>=17", "ray>=2.55,<3"],
   # The one that jax 0.10.2 is built with.
   "tpu": ["libtpu>=0.0.42,<0.0.43"],
 }
+# Notebooks run a sweep, and compile for TPUs.
+EXTRAS["notebooks"] += [*EXTRAS["sweep"], *EXTRAS["tpu"]]
 EXTRAS["test"] = [
   *EXTRAS["beam"],
   *EXTRAS["gguf"],
+  *EXTRAS["notebooks"],
   *EXTRAS["seqio"],
-  *EXTRAS["sweep"],
-  *EXTRAS["tpu"],
   "hypothesis>=6.100",
   "pytest>=8",
   "pytest-xdist>=3.6",
@@ -33,6 +41,7 @@ setup(
   description="Language models aligned to each user, in JAX",
   long_description=Path("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
+  url="https://github.com/alignx-jax/alignx_jax",
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["alignx_jax", "alignx_jax.*"]),

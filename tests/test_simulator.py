@@ -106,6 +106,18 @@ def test_splits_share_no_user():
   assert len({str(user.rng.bit_generator.state) for user in users}) == len(users)
 
 
+def test_users_may_care_about_some_dimensions_alone():
+  users = [
+    simulate_user(i, split="train", seed=0, config=SimulatorConfig(among=(3, 5, 20, 80, 88)))
+    for i in range(40)
+  ]
+  assert {int(d) for user in users for d in user.active} == {3, 5, 20, 80, 88}
+  everyone = SimulatorConfig(among=tuple(range(len(alignx_space()))))
+  for i in range(5):
+    same = simulate_user(i, split="train", seed=0, config=everyone)
+    assert (same.directions == simulate_user(i, split="train", seed=0).directions).all()
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_records_follow_the_schema(split):
   config = SimulatorConfig(comments=(0, 3), pairs=(1, 2))
