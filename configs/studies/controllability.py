@@ -3,8 +3,7 @@
   python -m alignx_jax.studies --config=configs/studies/controllability.py --workdir=runs/control
 
 With --config.study.runs=runs/study it reads what `alignx_jax.study` trained there, or trains the
-same. The README shows what it
-printed.
+same.
 """
 
 from configs.studies import small_study

@@ -3,7 +3,7 @@
   python -m alignx_jax.studies --config=configs/studies/history_length.py --workdir=runs/history
 
 With --config.study.runs=runs/study it reads what `alignx_jax.study` trained there, or trains the
-same, on users with three to five acts. Test users have more. The README shows what it printed.
+same, on users with three to five acts. Test users have more.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
   python -m alignx_jax.studies --config=configs/studies/novel_preferences.py --workdir=runs/novel
 
-Expect the aligned policy to be well above chance before the first example.
+Trains eleven times: once without the group, then both on each number of examples.
 """
 
 from ml_collections import ConfigDict
