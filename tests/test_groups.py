@@ -110,11 +110,12 @@ def _text(i):
 
 
 def _config(tmp_path, text=_text, **objective):
-  """A run on records in which men, who are few, prefer what women do not."""
+  """A run on records whose women all prefer the same and whose men, who are few, do not."""
   records = []
   for i in range(48):
     record = small_record(i) | {"Demographic Information": text(i)}
-    if "man." in text(i).split():
+    record |= {"chosen": "sun sun", "rejected": "fog fog"}
+    if i % 8 == 0 and text(i) == "A man.":
       record["chosen"], record["rejected"] = record["rejected"], record["chosen"]
     records.append(record)
   (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")
@@ -125,7 +126,7 @@ def _config(tmp_path, text=_text, **objective):
 
 
 def test_the_worse_groups_weight_grows_and_is_kept(tmp_path, killed_at):
-  config = _config(tmp_path, groups="gender", group_step=0.1)
+  config = _config(tmp_path, groups="gender", group_step=0.3)
   run = lambda workdir: experiments.run_training(experiments.load_experiment(config), workdir)
   whole = run(tmp_path / "whole")
   lines = read_metrics(tmp_path / "whole")
