@@ -276,8 +276,9 @@ def test_records_without_labels_are_evaluated_but_for_what_needs_them(unlabelled
   inferred_XPK = bridges.inferred_logits(experiment, unlabelled.params, experiment.test)
   assert bridges.preference_rows(experiment, softmax(inferred_XPK)) == []
   assert not (unlabelled.workdir / "preferences.json").exists()
-  kept = json.loads((unlabelled.workdir / bridges.CALIBRATION).read_text())
-  assert kept["temperature"] == 1
+  # There is nothing to fit a temperature on.
+  assert bridges.temperature_of(experiment, unlabelled.params, unlabelled.workdir) == 1
+  assert not (unlabelled.workdir / bridges.CALIBRATION).exists()
 
 
 def test_of_a_mixture_every_labelled_record_is_measured_by_its_labels(mixed):

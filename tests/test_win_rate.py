@@ -24,7 +24,6 @@ from configs import base
 from tests.small_records import small_record
 from tests.stand_ins.chat_server import chat_server
 
-pytestmark = pytest.mark.usefixtures("programs_are_kept")
 SPACE = alignx_space()
 
 

@@ -17,6 +17,6 @@ def get_config():
 
 
 def get_sweep():
-  knobs = {"objective.beta": (0.03, 0.1, 0.5), "optimizer.learning_rate": (3e-5, 3e-4, 1e-3)}
-  for overrides in grid(knobs | {"seed": range(2)}):
+  knobs = {"objective.beta": (0.03, 0.1, 0.5), "optimizer.learning_rate": (3e-5, 3e-4)}
+  for overrides in grid(knobs | {"seed": range(3)}):
     yield trial(overrides)
