@@ -44,10 +44,9 @@ def check_names(config) -> None:
       f"config.objective.label_smoothing is {objective.label_smoothing}; set it to 0 or more, and "
       "below 0.5, where labels say nothing."
     )
-  if objective.target_margin < 0:
-    raise ValueError(
-      f"config.objective.target_margin is {objective.target_margin}; set it to 0 or more."
-    )
+  for field in ("target_margin", "likelihood_weight"):
+    if objective[field] < 0:
+      raise ValueError(f"config.objective.{field} is {objective[field]}; set it to 0 or more.")
   if objective.group_step is not None and not (objective.groups and objective.group_step >= 0):
     raise ValueError(
       f"config.objective.group_step is {objective.group_step}; set it to 0 or more, and "

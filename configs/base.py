@@ -82,6 +82,8 @@ def get_config() -> ConfigDict:
   config.objective.beta = 0.1  # β, per nat; of "simpo" the rewards' scale, usually 2 or more
   config.objective.label_smoothing = 0.0  # of "sigmoid": share of labels taken to be wrong
   config.objective.target_margin = 0.0  # γ of "simpo", in units of its rewards
+  # α of the chosen response's cross-entropy per token, beside any loss; keeps a policy fluent.
+  config.objective.likelihood_weight = 0.0
   # "age", "gender" or a pole: groups of these weigh alike in the loss, whatever their sizes.
   config.objective.groups = config_dict.placeholder(str)
   # With groups: η of group DRO, per nat: the worse a group's loss, the more it comes to weigh.

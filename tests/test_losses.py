@@ -32,6 +32,8 @@ BY_HAND = (
   (PreferenceLoss("ipo", 0.25), 1.0, 0.5, -0.25),
   (PreferenceLoss("hinge", 0.25), 0.25, 0.5, -0.25),  # 1 − 0.75
   (PreferenceLoss("hinge", 0.5), 0.0, 1.0, -0.5),  # 1 − 1.5 is below 0
+  # The first, and 0.6 nats of the chosen response's 3 in 3 tokens.
+  (PreferenceLoss("sigmoid", 0.5, likelihood_weight=0.6), 0.8014133, 1.0, -0.5),
   # 2/3 · −3 = −2 and 2/4 · −6 = −3; log(1 + e^−(1 − 0.5)).
   (PreferenceLoss("simpo", 2.0, target_margin=0.5), 0.4740770, -2.0, -3.0),
 )
@@ -141,6 +143,7 @@ def test_simpo_trains_without_a_reference(tmp_path):
     ({"loss": "ipo", "label_smoothing": 0.1}, "config.objective.loss to 'sigmoid'"),
     ({"target_margin": 0.5}, "config.objective.loss to 'simpo'"),
     ({"loss": "simpo", "target_margin": -0.5}, "set it to 0 or more"),
+    ({"likelihood_weight": -0.5}, "likelihood_weight is -0.5; set it to 0 or more"),
   ],
 )
 def test_a_loss_that_there_is_not_is_refused(tmp_path, objective, said):

@@ -65,22 +65,29 @@ class PreferenceLoss:
     beta: strength of the pull towards the reference, per nat; for SimPO the rewards' scale.
     label_smoothing: ε of `sigmoid`: the share of labels that are taken to be wrong.
     target_margin: γ of `simpo`, in units of its rewards.
+    likelihood_weight: α, of the chosen response's cross-entropy per token, in nats, beside the
+      loss (Pang et al. 2024, iterative RPO, eq. 2). These losses look at differences alone, which
+      grow fastest where both responses become improbable; with it the policy goes on writing.
   """
 
   name: str = "sigmoid"
   beta: float = 0.1
   label_smoothing: float = 0.0
   target_margin: float = 0.0
+  likelihood_weight: float = 0.0
 
   @classmethod
   def of(cls, objective) -> "PreferenceLoss":
     """Of a config's `objective`."""
     numbers = objective.beta, objective.label_smoothing, objective.target_margin
-    return cls(objective.loss, *numbers)
+    return cls(objective.loss, *numbers, objective.likelihood_weight)
 
   def of_examples(self, policy_BNE, reference_BNE, lengths_BNE):
-    """The loss of each example [B, E]; the arguments are those of a call."""
-    return LOSSES[self.name](policy_BNE, reference_BNE, lengths_BNE, self)[1]
+    """Rewards [B, N, E] and the loss of each example [B, E]; the arguments are those of a call."""
+    rewards_BNE, loss_BE = LOSSES[self.name](policy_BNE, reference_BNE, lengths_BNE, self)
+    if self.likelihood_weight:
+      loss_BE -= self.likelihood_weight * policy_BNE[:, 0] / jnp.maximum(lengths_BNE[:, 0], 1)
+    return rewards_BNE, loss_BE
 
   def __call__(self, policy_BNE, reference_BNE, lengths_BNE, weight_BE):
     """The loss to differentiate, and metrics.
@@ -94,7 +101,7 @@ class PreferenceLoss:
       The loss as a (numerator, denominator) pair of scalars, and metrics as such pairs: sum over
       devices and steps, then divide once.
     """
-    rewards_BNE, loss_BE = LOSSES[self.name](policy_BNE, reference_BNE, lengths_BNE, self)
+    rewards_BNE, loss_BE = self.of_examples(policy_BNE, reference_BNE, lengths_BNE)
     margin_BE = _margin(rewards_BNE)
     examples = jnp.sum(weight_BE)
 

@@ -355,7 +355,7 @@ def mean_gradient(
     lengths_BNE = response_lengths(part)
     (numerator, _), metrics = loss(policy_BNE, reference_BNE, lengths_BNE, part.weight_BE)
     if groups is not None:
-      loss_BE = loss.of_examples(policy_BNE, reference_BNE, lengths_BNE)
+      _, loss_BE = loss.of_examples(policy_BNE, reference_BNE, lengths_BNE)
       of_groups = loss_BE, part.group_BE, part.weight_BE, weights_G
       numerator, group_losses = groups.loss_sum(*of_groups)
       metrics |= group_losses
