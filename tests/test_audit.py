@@ -9,7 +9,7 @@ from alignx_jax import experiment as experiments
 from alignx_jax.evaluation import bias, counterfactual, leakage
 from configs import study_simulated
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(params=["ica", "pba_head"])

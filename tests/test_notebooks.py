@@ -84,7 +84,7 @@ def test_what_a_notebook_points_to_is_there(path):
       assert (ROOT / file).exists(), file
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @of_each
 def test_a_notebook_runs(path, monkeypatch):
   monkeypatch.delenv("XLA_FLAGS", raising=False)  # these tests' two devices

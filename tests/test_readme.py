@@ -68,7 +68,7 @@ def test_commands_on_a_real_model(tmp_path, smollm2_path):
   assert changed == len(jax.tree.leaves(trained))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_of_the_baselines(tmp_path):
   (command,) = [command for command in COMMANDS if "alignx_jax.baselines" in command]
   small = {"data.train_records": 8, "data.test_records": 4, "data.validation_records": 4}
@@ -95,7 +95,7 @@ def test_the_command_that_sweeps(tmp_path):
   assert (tmp_path / "beta" / "sweep.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_commands_of_studies(tmp_path):
   commands = [command for command in COMMANDS if "alignx_jax.studies" in command]
   few = {"history_length": {"users": 4}, "novel_preferences": {"users": 4, "examples": "(2,)"}}
@@ -185,7 +185,7 @@ def test_commands_on_benchmarks(tmp_path):
   assert (tmp_path / "pba" / "benchmarks" / "report.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_that_audits(tmp_path):
   (command,) = [shlex.split(command) for command in COMMANDS if "alignx_jax.audit" in command]
   small = [f"--{name}={value}" for name, value in SMALL.items()]

@@ -39,7 +39,7 @@ def run(config, workdir, capsys):
   return {(r["policy"], r["condition"], r["protocol"]): r for r in results}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_controllability_from_config_to_report(runs, tmp_path, capsys):
   found = run(small(controllability.get_config(), runs), tmp_path, capsys)
   both = ("matched", "unconditioned")
@@ -58,7 +58,7 @@ def test_controllability_from_config_to_report(runs, tmp_path, capsys):
   assert unsteered["margin"] == unsteered["margin_before"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_history_length_from_config_to_report(runs, tmp_path, capsys):
   config = small(history_length.get_config(), runs)
   config.study.update(users=4, acts=(0, 1, 3), comments=3, pairs=2)
@@ -70,7 +70,7 @@ def test_history_length_from_config_to_report(runs, tmp_path, capsys):
   assert {row["examples"] for row in found.values()} == {4}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_novel_preferences_from_config_to_report(tmp_path, capsys):
   config = small(novel_preferences.get_config(), "")
   config.study.update(examples=(2, 4), users=4)
