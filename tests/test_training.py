@@ -159,8 +159,13 @@ def test_a_run_is_not_resumed_with_other_records(config, tmp_path):
   records = [small_record(i) for i in range(48)]
   records[3]["chosen"] += " tea"
   Path(config.data.path).write_text(json.dumps(records))
-  with pytest.raises(ValueError, match="the records, the tokenizer or the base"):
-    _run(config, tmp_path / "run")
+  for named in ((), ("objective.beta",)):  # what is named allows itself alone
+    config.train.may_differ = named
+    with pytest.raises(ValueError, match="the records, the tokenizer or the base"):
+      _run(config, tmp_path / "run")
+  config.objective.beta = 0.5
+  config.train.may_differ = ("objective.beta", "fingerprint")
+  assert _run(config, tmp_path / "run")[0].steps
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_may_start_over(config, tmp_path):

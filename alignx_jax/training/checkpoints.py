@@ -122,6 +122,7 @@ class Checkpoints:
     return found and found._replace(state=found.state["params"])
 
   def _newest(self, steps, like, check, *, aside):
+    damaged = []
     for step in reversed(steps):
       body = self._try(step, self._read_run)
       if not isinstance(body, _Damage):
@@ -130,10 +131,12 @@ class Checkpoints:
       else:
         found = body
       if not isinstance(found, _Damage):
+        # Only now: without a good one the next start is to find what this one found.
+        for step_damaged in damaged if aside else ():
+          self._set_aside(step_damaged)
         return Restored(step, found, body["run"])
       logging.warning("The checkpoint of step %d is damaged: %s.", step, found.reason)
-      if aside:
-        self._set_aside(step)
+      damaged.append(step)
     if steps:
       raise ValueError(
         f"Every checkpoint in {self.directory.parent} is damaged ({', '.join(map(str, steps))}); "

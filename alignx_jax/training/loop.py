@@ -178,7 +178,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
     profile_from, profile_to = config.train.profile
 
     def save(done, accuracy=None):
-      with monitor.spending("checkpoint"):
+      with monitor.spending("checkpoint"), jax.transfer_guard_device_to_host("allow"):
         run = record | {"lanes": lanes_to_json(gather(lanes_BW))}
         checkpoints.save(done, state, run, accuracy=accuracy)
       monitor.log.write("save", step=done)
@@ -211,7 +211,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
         stop = report(pending, done) or stop
         pending = None
       if evaluated and not stop:
-        with monitor.spending("evaluation"):
+        with monitor.spending("evaluation"), jax.transfer_guard_device_to_host("allow"):
           accuracy = evaluate(nnx.merge_state(state.params, frozen))
         monitor.log.write("evaluation", step=done, accuracy=accuracy)
       if saved:

@@ -76,12 +76,11 @@ def check_config(config: Any, found: dict, where: str, fingerprint: str) -> None
   old = flatten_dict(found, sep=".")
   now = config.to_dict() | {"fingerprint": fingerprint}
   now = flatten_dict(json.loads(json.dumps(now)), sep=".")
-  # The fingerprint follows from other fields too.
-  allowed = {*config.train.may_differ, *(["fingerprint"] if config.train.may_differ else [])}
+  differs = lambda name: old.get(name) != now.get(name) and not _FREE.fullmatch(name)
   changed = {
     name: f"{name} was {old.get(name)!r} and is {now.get(name)!r}"
     for name in sorted(old.keys() | now.keys())
-    if old.get(name) != now.get(name) and not _FREE.fullmatch(name) and name not in allowed
+    if differs(name) and name not in config.train.may_differ
   }
   if not changed:
     return
