@@ -81,7 +81,7 @@ def test_the_command_of_the_baselines(tmp_path):
   assert "of 16 dimensions are active over 4 users" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_that_sweeps(tmp_path):
   (command,) = [command for command in COMMANDS if "alignx_jax.sweep" in command]
   small = {"data.train_records": 8, "data.test_records": 4, "data.validation_records": 4}
