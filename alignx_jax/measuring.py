@@ -55,7 +55,7 @@ def base_results(experiment: Experiment, base: Scorer, policies) -> list[dict]:
 
 
 def policy_results(
-  experiment: Experiment, policy: "Scorer | BridgeScorer | LatentScorer", base: Scorer
+  experiment: Experiment, policy: "Scorer | BridgeScorer", base: Scorer
 ) -> list[dict]:
   """Rows of results.json of a trained policy, with its controls."""
   name, protocols = policy_name(experiment.config), experiment.config.eval.protocols
@@ -64,7 +64,7 @@ def policy_results(
 
 def policy_scorer(
   experiment: Experiment, params: nnx.State, workdir: Path
-) -> "Scorer | BridgeScorer | LatentScorer":
+) -> "Scorer | BridgeScorer":
   """Scores of trained parameters on the test pairs.
 
   Args:

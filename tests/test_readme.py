@@ -68,30 +68,33 @@ def test_commands_on_a_real_model(tmp_path, smollm2_path):
   assert changed == len(jax.tree.leaves(trained))
 
 
+def _one_step(command, tmp_path):
+  """What a command of several runs prints when each takes a step, on a few users."""
+  small = {"train_records": 8, "test_records": 4, "validation_records": 4}
+  flags = [f"--config.data.{name}={value}" for name, value in small.items()]
+  arguments = shlex.split(command.replace("runs/", f"{tmp_path}/"))
+  arguments += [*flags, "--config.train.steps=1"]
+  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
+
+
 @pytest.mark.long
 def test_the_command_of_the_baselines(tmp_path):
   (command,) = [command for command in COMMANDS if "alignx_jax.baselines" in command]
-  small = {"data.train_records": 8, "data.test_records": 4, "data.validation_records": 4}
-  flags = [f"--config.{name}={value}" for name, value in (small | {"train.steps": 1}).items()]
-  arguments = shlex.split(command.replace("runs/", f"{tmp_path}/")) + flags
-  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
-  assert done.returncode == 0, done.stderr[-3000:]
+  printed = _one_step(command, tmp_path)
   for policy in ("length", "base", "dpo", "pba", "vpl"):
-    assert f"| {policy:6} |" in done.stdout
-  assert "of 16 dimensions are active over 4 users" in done.stdout
+    assert f"| {policy:6} |" in printed
+  assert "of 16 dimensions are active over 4 users" in printed
 
 
 @pytest.mark.long
 def test_the_command_that_sweeps(tmp_path):
   (command,) = [command for command in COMMANDS if "alignx_jax.sweep" in command]
-  small = {"data.train_records": 8, "data.test_records": 4, "data.validation_records": 4}
-  flags = [f"--config.{name}={value}" for name, value in (small | {"train.steps": 1}).items()]
-  arguments = shlex.split(command.replace("runs/", f"{tmp_path}/")) + flags
-  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-  assert done.returncode == 0, done.stderr[-3000:]
+  printed = _one_step(command, tmp_path)
   table = pq.read_table(tmp_path / "beta" / "sweep.parquet").to_pylist()
   assert [row["status"] for row in table] == ["finished"] * 15
-  assert len(re.findall(r"^\| \S*beta [\d.]+ ", done.stdout, re.MULTILINE)) == 5
+  assert len(re.findall(r"^\| \S*beta [\d.]+ ", printed, re.MULTILINE)) == 5
   assert (tmp_path / "beta" / "sweep.html").exists()
 
 

@@ -160,6 +160,20 @@ class Scorer:
 
 
 @dataclasses.dataclass
+class LatentScorer(Scorer):
+  """Scores of a policy that reads a latent user variable: `inferred`, its mean, or `none`, 0.
+
+  Attributes:
+    log_probs: Rows with personas, or without for z = 0, to response log-probs [B, E, N].
+  """
+
+  def _loader(self, condition, shuffle=False, history=HistoryPolicy()):
+    examples = shuffled(self.examples) if shuffle else self.examples
+    formatting = self.formatting if condition == "inferred" else self.formatting.of_reference()
+    return Loader(examples, dataclasses.replace(formatting, history=history), rows=self.rows)
+
+
+@dataclasses.dataclass
 class BridgeScorer:
   """Scores of a policy that reads P̃ through a learned bridge, each computed once.
 
@@ -224,40 +238,6 @@ class BridgeScorer:
     return preferences_XPK
 
 
-@dataclasses.dataclass
-class LatentScorer:
-  """Scores of a policy that reads the mean of a latent user variable, each computed once.
-
-  Attributes:
-    log_probs: Rows with personas, or without for z = 0, to response log-probs [B, E, N].
-    formatting: of the policy; its history is replaced as needed.
-  """
-
-  name: str
-  log_probs: Callable[[Rows], np.ndarray]
-  examples: Sequence[Example]
-  formatting: Formatting
-  rows: int
-
-  def __post_init__(self):
-    self.score = functools.cache(self._score)
-
-  def _score(
-    self, condition: str, shuffle: bool = False, history: HistoryPolicy = HistoryPolicy()
-  ) -> np.ndarray:
-    label = f"{self.name}: {'shuffled ' if shuffle else ''}{condition}"
-    return score_stream(self.log_probs, self._loader(condition, shuffle, history), describe=label)
-
-  def _loader(self, condition, shuffle=False, history=HistoryPolicy()):
-    examples = shuffled(self.examples) if shuffle else self.examples
-    formatting = self.formatting if condition == "inferred" else self.formatting.of_reference()
-    return Loader(examples, dataclasses.replace(formatting, history=history), rows=self.rows)
-
-  def unscored(self, *key) -> dict[int, str]:
-    """Index of each example that `score` of the same arguments does not score, and why."""
-    return _reasons(self.score(*key), self._loader(*key))
-
-
 def _reasons(score_XN: np.ndarray, loader: Loader) -> dict[int, str]:
   """Index of each example that is not scored, and why."""
   reasons = {}
@@ -301,7 +281,7 @@ class Comparison:
 
 def compare_policy(
   policy: str,
-  scorer: "Scorer | BridgeScorer | LatentScorer",
+  scorer: "Scorer | BridgeScorer",
   base: Scorer,
   *,
   protocols: Sequence[str] = PROTOCOLS,
@@ -342,7 +322,7 @@ def compare_base(base: Scorer, policies: Sequence[str]) -> Iterator[Comparison]:
 
 def evaluate_policy(
   policy: str,
-  scorer: "Scorer | BridgeScorer | LatentScorer",
+  scorer: "Scorer | BridgeScorer",
   base: Scorer,
   *,
   protocols: Sequence[str] = PROTOCOLS,
