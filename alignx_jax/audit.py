@@ -19,7 +19,7 @@ _DIMENSION = flags.DEFINE_multi_string(
 
 def main(config, workdir):
   # Imported here, so that --help answers at once.
-  from alignx_jax.auditing import run_audit
+  from alignx_jax.experiments.audit import run_audit
   from alignx_jax.training import hosts
 
   hosts.connect()

@@ -33,8 +33,8 @@ def main(config, workdir):
   os.environ["JAX_PLATFORMS"] = "cpu"
   from alignx_jax.ahead.advice import advice_text
   from alignx_jax.ahead.chips import parse_topology
-  from alignx_jax.ahead.compiling import compile_programs
   from alignx_jax.ahead.report import table
+  from alignx_jax.experiments.compiling import compile_programs
 
   reports = compile_programs(
     config,

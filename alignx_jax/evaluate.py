@@ -30,9 +30,9 @@ _POLICY = flags.DEFINE_string(
 
 def main(config, workdir):
   # Imported here, so that --help answers at once.
-  from alignx_jax import experiment as experiments
-  from alignx_jax.bridges import told_by
-  from alignx_jax.measuring import measure
+  from alignx_jax.experiments import experiment as experiments
+  from alignx_jax.experiments.bridges import told_by
+  from alignx_jax.experiments.measuring import measure
   from alignx_jax.training import hosts
 
   hosts.connect()
@@ -47,7 +47,7 @@ def main(config, workdir):
 
 
 def _benchmarks(config, workdir):
-  from alignx_jax.benchmarking import DIRECTORY, format_run, load_subject, run_benchmarks
+  from alignx_jax.experiments.benchmarks import DIRECTORY, format_run, load_subject, run_benchmarks
   from alignx_jax.training import hosts
 
   if _BASE.value and _POLICY.value:

@@ -53,10 +53,10 @@ _COMPAT = flags.DEFINE_string("compat", "", "'release': Persona-judge as its cod
 
 def main(config, workdir):
   # Imported here, so that --help answers at once.
+  from alignx_jax.experiments.policies import load_policy
   from alignx_jax.inference.answering import answer_file, answer_requests
   from alignx_jax.inference.persona_judge import Judging
   from alignx_jax.inference.requests import simulated_requests
-  from alignx_jax.policies import load_policy
   from alignx_jax.training import hosts
 
   hosts.connect()

@@ -14,10 +14,10 @@ flags.adopt_module_key_flags(command_line)
 
 
 def main(config, workdir):
-  from alignx_jax import experiment as experiments
-  from alignx_jax.config_checks import OBJECTIVES
   from alignx_jax.evaluation.results import format_table
-  from alignx_jax.measuring import base_results, base_scorer
+  from alignx_jax.experiments import experiment as experiments
+  from alignx_jax.experiments.config_checks import OBJECTIVES
+  from alignx_jax.experiments.measuring import base_results, base_scorer
   from alignx_jax.training.pretraining import pretrain
 
   directory = pretrain(config, workdir)

@@ -20,10 +20,10 @@ _REPLAY = flags.DEFINE_string(
 
 def main(config, workdir):
   # Imported here, so that --help answers at once.
-  from alignx_jax import experiment as experiments
-  from alignx_jax.bridges import told_by
-  from alignx_jax.measuring import measure, validation_accuracy
-  from alignx_jax.replay import replay
+  from alignx_jax.experiments import experiment as experiments
+  from alignx_jax.experiments.bridges import told_by
+  from alignx_jax.experiments.measuring import measure, validation_accuracy
+  from alignx_jax.experiments.replay import replay
   from alignx_jax.training import hosts
 
   hosts.connect()

@@ -37,7 +37,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file of the win rate.", requ
 def main(config, workdir):
   # Imported here, so that --help answers at once.
   from alignx_jax.evaluation.win_rate import format_win_rate
-  from alignx_jax.judging import compare_files
+  from alignx_jax.experiments.judging import compare_files
   from alignx_jax.training import hosts
 
   hosts.connect()

@@ -20,7 +20,7 @@ from alignx_jax.evaluation.accuracy import (
   result,
   shuffled,
 )
-from alignx_jax.experiment import make_formatting
+from alignx_jax.experiments.experiment import make_formatting
 from alignx_jax.personas.persona import HistoryPolicy, Persona, UserComment
 from alignx_jax.personas.preferences import alignx_space
 

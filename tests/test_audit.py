@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from alignx_jax import auditing
-from alignx_jax import experiment as experiments
 from alignx_jax.evaluation import bias, counterfactual, leakage
+from alignx_jax.experiments import audit
+from alignx_jax.experiments import experiment as experiments
 from configs import study_simulated
 
 pytestmark = pytest.mark.long
@@ -31,11 +31,11 @@ def run(request, tmp_path_factory):
 
 def test_a_run_is_audited(run, monkeypatch):
   name, config, workdir = run
-  for module in (bias, counterfactual, leakage, auditing):  # few are enough
+  for module in (bias, counterfactual, leakage, audit):  # few are enough
     monkeypatch.setattr(module, "LEAST_PAIRS", 3)
     monkeypatch.setattr(module, "LEAST_POSTS", 2, raising=False)
   config.eval.rows = 1  # how it is audited may differ from how it was trained
-  told = auditing.run_audit(config, workdir, dimensions=["Likes music"], command="audit")
+  told = audit.run_audit(config, workdir, dimensions=["Likes music"], command="audit")
   found = json.loads((workdir / "bias.json").read_text(encoding="utf-8"))
   assert (found["policy"], found["examples"]) == (name, 10)
   genders = {r["group"]: r for r in found["groups"] if r["attribute"] == "gender"}
@@ -63,8 +63,8 @@ def test_a_run_is_audited(run, monkeypatch):
 @pytest.mark.parametrize("run", ["ica"], indirect=True)  # once is enough
 def test_too_few_are_said_to_be_too_few(run):
   _, config, workdir = run
-  told = auditing.run_audit(config, workdir)
+  told = audit.run_audit(config, workdir)
   assert "too few to say" in told and "No two groups are large enough." in told
   assert "Of 90 dimensions 90 have too few holders" in told
   with pytest.raises(ValueError, match="no pole"):
-    auditing.audit(config, workdir, dimensions=["Likes nothing at all"])
+    audit.audit(config, workdir, dimensions=["Likes nothing at all"])

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from alignx_jax import experiment as experiments
-from alignx_jax import measuring
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments import measuring
 from alignx_jax.training.metrics import read_metrics
 from tests.small_records import small_config, write_small_records
 

@@ -2,8 +2,8 @@
 
 import json
 
-from alignx_jax import baselines
 from alignx_jax.evaluation.results import LEGEND, format_policies
+from alignx_jax.experiments import baselines
 from configs import baselines_simulated
 
 

@@ -8,9 +8,6 @@ import sys
 import numpy as np
 import pytest
 
-from alignx_jax import benchmarking, measuring
-from alignx_jax import experiment as experiments
-from alignx_jax.benchmarking import load_subject, run_benchmarks
 from alignx_jax.data.benchmarks import load_benchmark
 from alignx_jax.data.formatting import tokenise
 from alignx_jax.evaluation.accuracy import evaluate_policy
@@ -18,7 +15,10 @@ from alignx_jax.evaluation.comparison import compare_rows, format_comparisons, r
 from alignx_jax.evaluation.published import by_benchmark, format_benchmarks
 from alignx_jax.evaluation.record_table import SCHEMA, read_table, row_groups, user_of
 from alignx_jax.evaluation.results import percent
-from alignx_jax.export import export
+from alignx_jax.experiments import benchmarks, measuring
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments.benchmarks import load_subject, run_benchmarks
+from alignx_jax.experiments.export import export
 from tests.small_records import small_config, small_record, write_small_records
 
 RECORDS = 16
@@ -182,7 +182,7 @@ def test_the_same_command_again_measures_nothing_and_says_the_same(
     raise AssertionError("scored again")
 
   with monkeypatch.context() as patch:
-    patch.setattr(benchmarking, "_comparisons", never)
+    patch.setattr(benchmarks, "_comparisons", never)
     again = run_benchmarks(load_subject(config, ica), ica, ["test_pair"], str(published))[0]
     assert again == [row for row in ica_results[0] if row["benchmark"] == "test_pair"]
     changed = config.copy_and_resolve_references()

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from alignx_jax import bridges, measuring
-from alignx_jax import experiment as experiments
-from alignx_jax.benchmarking import load_subject, run_benchmarks
 from alignx_jax.data.loader import Loader
 from alignx_jax.evaluation.accuracy import others
 from alignx_jax.evaluation.calibration import fit_temperature, softmax
+from alignx_jax.experiments import bridges, loading, measuring
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments.benchmarks import load_subject, run_benchmarks
 from alignx_jax.models.bridge import TABLES
 from alignx_jax.models.lora import without_lora
 from alignx_jax.personas.distribution import Preferences
@@ -454,7 +454,7 @@ def test_the_reference_is_the_model_that_training_starts_from(readapted, adapted
   """Wherever it is asked for: in each step, from the cache, in what is measured, restored."""
   run, start = readapted, adapted.experiment
   base = run.experiment.load_base()
-  plain = experiments.load_params(start.config, start.model, start.mesh)
+  plain = loading.load_params(start.config, start.model, start.mesh)
   expected = _text_scores(start, adapted.params)
   assert np.abs(_text_scores(start, plain) - expected).max() > 1e-2
   for params in (base, without_lora(base)):  # of the cache; of each step

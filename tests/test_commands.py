@@ -25,7 +25,8 @@ def test_help_comes_at_once(name):
 
 def test_nothing_on_the_training_path_imports_tensorflow():
   code = (
-    "import sys, alignx_jax.experiment, alignx_jax.evaluation.report, alignx_jax.train\n"
+    "import sys, alignx_jax.train, alignx_jax.evaluation.report\n"
+    "import alignx_jax.experiments.experiment\n"
     "print([name for name in ('tensorflow', 'seqio', 'torch') if name in sys.modules])"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

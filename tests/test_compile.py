@@ -17,7 +17,6 @@ from flax import nnx
 from alignx_jax.ahead import flops, hlo
 from alignx_jax.ahead.advice import advise, sizes
 from alignx_jax.ahead.chips import CHIPS, GIB, Topology, parse_topology
-from alignx_jax.ahead.compiling import compile_programs, kernel_flops
 from alignx_jax.ahead.costs import Collective, Costs, Kernel
 from alignx_jax.ahead.report import (
   ALIGNX_EXAMPLES,
@@ -28,6 +27,7 @@ from alignx_jax.ahead.report import (
   table,
 )
 from alignx_jax.data.rows import Regions
+from alignx_jax.experiments.compiling import compile_programs, kernel_flops
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.presets import get_architecture
 from alignx_jax.training.mesh import make_mesh

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignx_jax import experiment as experiments
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import read_metrics
 from alignx_jax.training.stopping import EXIT_CODE

@@ -11,7 +11,7 @@ from alignx_jax.evaluation.judges.chat import Chat, ChatError, _seconds, key_fro
 from alignx_jax.evaluation.judges.endpoint import EndpointJudge, messages_of, parse_verdict
 from alignx_jax.evaluation.judges.limits import Budget, Pace
 from alignx_jax.evaluation.judges.questions import Question
-from alignx_jax.judging import endpoint_judge
+from alignx_jax.experiments.judging import endpoint_judge
 from alignx_jax.personas.preferences import alignx_space
 from configs import base
 from tests.small_records import small_record

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from alignx_jax import experiment as experiments
 from alignx_jax.data.tokenizers import load_tokenizer
-from alignx_jax.export import export
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments.export import export
 from alignx_jax.models.lora import merge_lora
 from alignx_jax.models.peft import load_adapter
 from alignx_jax.models.pretrained import load_decoder

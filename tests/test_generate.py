@@ -12,13 +12,13 @@ import pytest
 from alignx_jax.data.formatting import tokenise
 from alignx_jax.data.records import parse_record
 from alignx_jax.data.rows import Regions
+from alignx_jax.experiments.policies import load_policy
 from alignx_jax.inference.answering import answer_file
 from alignx_jax.inference.persona_judge import Judging
 from alignx_jax.inference.prompts import Sampling
 from alignx_jax.inference.requests import Prompter, parse_line, parse_request
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.preferences import alignx_space
-from alignx_jax.policies import load_policy
 from configs import base
 from tests.small_records import small_record
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from alignx_jax import experiment as experiments
 from alignx_jax.data.groups import count_groups
 from alignx_jax.data.records import parse_record
 from alignx_jax.data.rows import Regions
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.presets import get_architecture
 from alignx_jax.objectives.groups import GroupObjective

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from alignx_jax import experiment as experiments
 from alignx_jax.ahead.chips import parse_topology
 from alignx_jax.data.loader import Loader
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.metrics import read_metrics

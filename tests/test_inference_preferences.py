@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from alignx_jax import bridges
-from alignx_jax import experiment as experiments
 from alignx_jax.data.formatting import tokenise
 from alignx_jax.data.rows import lay_out, stack
 from alignx_jax.evaluation.calibration import softmax
+from alignx_jax.experiments import bridges
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.inference import preference_model as programs
 from alignx_jax.objectives.log_probs import response_log_probs
 from alignx_jax.personas.distribution import Preferences

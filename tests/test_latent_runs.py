@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from alignx_jax import experiment as experiments
-from alignx_jax import measuring
-from alignx_jax.config_checks import check_sizes
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments import measuring
+from alignx_jax.experiments.config_checks import check_sizes
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.metrics import read_metrics
 from tests.small_records import small_config, small_record

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from alignx_jax import experiment as experiments
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import PROJECTIONS, add_lora, merge_lora, split_trainable, without_lora
 from alignx_jax.models.presets import get_architecture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from alignx_jax import experiment as experiments
 from alignx_jax.data.rows import Regions
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.presets import get_architecture
 from alignx_jax.objectives.log_probs import response_lengths, token_log_probs

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from alignx_jax import experiment as experiments
-from alignx_jax.replay import replay
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments.replay import replay
 from alignx_jax.training import loop
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import read_metrics
@@ -42,7 +42,7 @@ def broken_reference(monkeypatch):
       return scores
 
     monkeypatch.setattr(loop, "cached_reference", broken)
-    monkeypatch.setattr("alignx_jax.replay.cached_reference", broken)
+    monkeypatch.setattr("alignx_jax.experiments.replay.cached_reference", broken)
 
   return use
 

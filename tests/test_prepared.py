@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from alignx_jax import experiment as experiments
 from alignx_jax.data.alignx import from_features, get_config, make_features, to_features
 from alignx_jax.data.prepared import open_prepared
 from alignx_jax.data.preparing import prepare
 from alignx_jax.data.proposals import write_proposals
 from alignx_jax.data.records import Example, Profiled
-from alignx_jax.measuring import measure
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments.measuring import measure
 from alignx_jax.personas.persona import Persona, UserComment
 from alignx_jax.personas.simulator import simulate_record
 from alignx_jax.training.reference import cache_key

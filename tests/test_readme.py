@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
-from alignx_jax import experiment as experiments
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.models.pretrained import load_decoder
 from alignx_jax.personas.simulator import simulate_record
 from configs import smollm2_p_soups_ica

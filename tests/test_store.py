@@ -11,7 +11,7 @@ import pytest
 from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from alignx_jax import experiment as experiments
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.files import as_path, write_text
 from alignx_jax.training import checkpoints, workdir
 from alignx_jax.training.metrics import read_metrics

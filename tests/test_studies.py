@@ -5,8 +5,8 @@ import json
 import pytest
 
 from alignx_jax import studies
-from alignx_jax.study import RUNS
-from alignx_jax.studying import run_study
+from alignx_jax.experiments.studies import run_study
+from alignx_jax.experiments.study import RUNS
 from configs.studies import controllability, history_length, novel_preferences
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignx_jax import study
+from alignx_jax.experiments import study
 from configs import study_simulated
 
 

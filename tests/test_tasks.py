@@ -146,7 +146,7 @@ def test_the_vocabulary_is_the_tokenizers(data_dir):
 
 def test_the_training_path_imports_no_tensorflow():
   code = (
-    "import sys, alignx_jax.train, alignx_jax.experiment, alignx_jax.data.preparing\n"
+    "import sys, alignx_jax.train, alignx_jax.experiments.experiment, alignx_jax.data.preparing\n"
     "import alignx_jax.data.prepared, alignx_jax.data.alignx\n"
     "assert not {'tensorflow', 'seqio'} & set(sys.modules)"
   )

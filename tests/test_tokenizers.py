@@ -6,7 +6,8 @@ import pytest
 import tokenizers as hf
 from tokenizers import models, pre_tokenizers
 
-from alignx_jax.data.tokenizers import BYTES_SPECIALS, load_tokenizer, train_bpe
+from alignx_jax.data.tokenizers import load_tokenizer, train_bpe
+from alignx_jax.data.vocabularies import BYTES_SPECIALS
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = ["The cat sat on the mat, and the cat ate 1234 fish.\n", "naïve café 😀 the theme"] * 5

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from alignx_jax import experiment as experiments
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments import loading
 from alignx_jax.personas import prompts
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training import optimizer, reference
@@ -94,7 +95,7 @@ def test_reference_is_computed_once_for_all_runs_that_share_it(config, tmp_path,
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(
   config, tmp_path, monkeypatch
 ):
-  load = experiments.load_params
+  load = loading.load_params
   broken = lambda *args, **options: jax.tree.map(lambda x: x * np.nan, load(*args, **options))
   monkeypatch.setattr(experiments, "load_params", broken)
   experiment = experiments.load_experiment(config)

@@ -14,12 +14,12 @@ from alignx_jax.evaluation.judges.model import model_judge
 from alignx_jax.evaluation.judges.questions import Verdict
 from alignx_jax.evaluation.judges.simulated import simulated_judge
 from alignx_jax.evaluation.win_rate import format_win_rate, judge_pairs, win_rate
+from alignx_jax.experiments.judging import compare_files
+from alignx_jax.experiments.persona_gain import persona_gain
+from alignx_jax.experiments.policies import load_model
 from alignx_jax.inference.requests import request_key, simulated_requests
-from alignx_jax.judging import compare_files
-from alignx_jax.persona_gain import persona_gain
 from alignx_jax.personas.preferences import alignx_space
 from alignx_jax.personas.simulator import simulate_record
-from alignx_jax.policies import load_model
 from configs import base
 from tests.small_records import small_record
 from tests.stand_ins.chat_server import chat_server

@@ -1,6 +1,6 @@
 """A bias audit for people: tables in Markdown and HTML, a picture, and what the words mean.
 
-The audit is a dict, as auditing.py makes it and bias.json holds it.
+The audit is a dict, as experiments/audit.py makes it and bias.json holds it.
 """
 
 from collections.abc import Mapping, Sequence

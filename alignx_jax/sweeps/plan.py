@@ -11,7 +11,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from alignx_jax.config_checks import check_names
+from alignx_jax.experiments.config_checks import check_names
 from alignx_jax.files import is_remote, write_text
 from alignx_jax.sweeps.space import Trial
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from flax import nnx
 
-from alignx_jax import experiment as experiments
-from alignx_jax import measuring
-from alignx_jax.bridges import told_by
-from alignx_jax.config_checks import has_head, has_latent
 from alignx_jax.evaluation.accuracy import CONDITIONS, accuracy_rows
 from alignx_jax.evaluation.results import write_results
-from alignx_jax.experiment import Experiment
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments import measuring
+from alignx_jax.experiments.bridges import told_by
+from alignx_jax.experiments.config_checks import has_head, has_latent
+from alignx_jax.experiments.experiment import Experiment
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.sweeps.plan import Planned
 from alignx_jax.training import hosts

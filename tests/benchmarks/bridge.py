@@ -30,13 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from alignx_jax import experiment as experiments
 from alignx_jax.ahead import flops
 from alignx_jax.data.formatting import tokenise
 from alignx_jax.data.loader import Loader
 from alignx_jax.data.records import parse_record
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import load_tokenizer
+from alignx_jax.experiments import loading
 from alignx_jax.models.presets import get_architecture
 from alignx_jax.personas.preferences import alignx_space
 from alignx_jax.personas.simulator import TALKATIVE, simulate_record
@@ -78,12 +78,12 @@ class Side:
     if name == "head":
       config.objective.name, config.bridge.kind = "pba", "head"
     self.config, self.examples = config, examples
-    formatting = experiments.make_formatting(config, tokenizer, space)
+    formatting = loading.make_formatting(config, tokenizer, space)
     self.sizes_XS = sizes(examples, formatting)
     self.formatting = dataclasses.replace(formatting, regions=least_regions(self.sizes_XS, rows))
     arch = dataclasses.replace(get_architecture("smollm2_135m"), layers=layers)
-    dimensions = experiments.bridge_dimensions(config, space)
-    self.model = experiments.abstract_model(config, arch, platform="cpu", dimensions=dimensions)
+    dimensions = loading.bridge_dimensions(config, space)
+    self.model = loading.abstract_model(config, arch, platform="cpu", dimensions=dimensions)
     self.mesh = meshes.make_mesh(None, jax.devices()[:1])
     self.params = random_params(self.model, self.mesh)
     if dimensions:
@@ -196,7 +196,7 @@ def choose_examples(tokenizer, count: int, tokens: int) -> list:
   """Simulated users whose personas have about so many tokens."""
   space, config, found = alignx_space(), base.get_config(), []
   config.objective.name, config.bridge.kind = "pba", "head"
-  formatting = experiments.make_formatting(config, tokenizer, space)
+  formatting = loading.make_formatting(config, tokenizer, space)
   for index in itertools.count():
     record = simulate_record(index, split="train", seed=0, config=TALKATIVE)
     example = parse_record(record, space, f"simulated:{index}")

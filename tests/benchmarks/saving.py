@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignx_jax import experiment as experiments
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.events import EventLog
 from alignx_jax.training.metrics import MetricWriter, read_metrics

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from alignx_jax import command_line
-from alignx_jax import experiment as experiments
+from alignx_jax.experiments import experiment as experiments
 from alignx_jax.training import hosts
 from alignx_jax.training.monitor import Monitor
 from alignx_jax.training.stopping import EXIT_CODE

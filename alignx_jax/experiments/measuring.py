@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from alignx_jax.bridges import inferred_logits, preference_rows, temperature_of
-from alignx_jax.config_checks import has_head, has_latent
 from alignx_jax.data.loader import Loader
 from alignx_jax.evaluation.accuracy import (
   CONDITIONS,
@@ -24,7 +22,9 @@ from alignx_jax.evaluation.calibration import format_preference_table, softmax
 from alignx_jax.evaluation.history_length import matched_ratio
 from alignx_jax.evaluation.latents import latent_results, summarise
 from alignx_jax.evaluation.results import format_table, write_results
-from alignx_jax.experiment import Experiment, make_formatting
+from alignx_jax.experiments.bridges import inferred_logits, preference_rows, temperature_of
+from alignx_jax.experiments.config_checks import has_head, has_latent
+from alignx_jax.experiments.experiment import Experiment, make_formatting
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.training import hosts
 from alignx_jax.training.reference import LogProbs, posterior_stream

@@ -9,10 +9,6 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from alignx_jax import experiment as experiments
-from alignx_jax import measuring
-from alignx_jax.bridges import directions_of, inferred_logits, profiled, temperature_of
-from alignx_jax.config_checks import has_head
 from alignx_jax.data.groups import NOT_KNOWN
 from alignx_jax.data.records import Example
 from alignx_jax.evaluation.accuracy import CONDITIONS, Scorer, accuracy_rows
@@ -22,7 +18,11 @@ from alignx_jax.evaluation.calibration import softmax
 from alignx_jax.evaluation.counterfactual import Seen, counterfactual_rows, counterfactuals
 from alignx_jax.evaluation.leakage import leakage_row, users_of
 from alignx_jax.evaluation.report import write_report
-from alignx_jax.experiment import Experiment
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments import measuring
+from alignx_jax.experiments.bridges import directions_of, inferred_logits, profiled, temperature_of
+from alignx_jax.experiments.config_checks import has_head
+from alignx_jax.experiments.experiment import Experiment
 from alignx_jax.files import write_text
 from alignx_jax.personas.demographics import GROUPS, NOT_STATED
 from alignx_jax.personas.distribution import DIRECTIONS_K

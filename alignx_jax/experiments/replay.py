@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from alignx_jax.data.rows import Rows
-from alignx_jax.experiment import Experiment, restored_params, training_loader
+from alignx_jax.experiments.experiment import Experiment, restored_params, training_loader
 from alignx_jax.files import as_path
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.objectives.losses import PreferenceLoss, reference_kind

@@ -13,16 +13,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from alignx_jax import experiment as experiments
 from alignx_jax.ahead import flops
 from alignx_jax.ahead.advice import advise
 from alignx_jax.ahead.chips import Topology
 from alignx_jax.ahead.costs import program_costs
 from alignx_jax.ahead.report import Work, held_beside, make_report, out_of_memory_report
-from alignx_jax.config_checks import check_sizes, has_head, has_latent
 from alignx_jax.data.prepared import prepared_space
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import find_file, load_tokenizer
+from alignx_jax.experiments import loading
+from alignx_jax.experiments.config_checks import check_sizes, has_head, has_latent
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.splash import plan
 from alignx_jax.objectives.losses import reference_kind
@@ -64,10 +64,10 @@ def compile_programs(
       "The FLOPs of a latent user variable's encoder are not counted: set config.objective.name to "
       "another than 'vpl', such as 'dpo', which needs somewhat less."
     )
-  arch = experiments.architecture(config)
-  space = experiments.data_space(config)
-  dimensions = experiments.bridge_dimensions(config, space)
-  model = experiments.abstract_model(config, arch, platform="tpu", dimensions=dimensions)
+  arch = loading.architecture(config)
+  space = loading.data_space(config)
+  dimensions = loading.bridge_dimensions(config, space)
+  model = loading.abstract_model(config, arch, platform="tpu", dimensions=dimensions)
   bridge = flops.bridge_sizes(config, dimensions)
   regions = regions_of(config)
   prompts = dataclasses.replace(regions, persona=0, parts=0)
@@ -107,7 +107,7 @@ def compile_programs(
   # The frequencies of directions, which weigh the loss, change no cost: none are counted.
   objective = None
   if bridge:
-    of_bridge = experiments.bridge_space(config) or space
+    of_bridge = loading.bridge_space(config) or space
     objective = bridge_objective(config, of_bridge, np.zeros((0, dimensions)), _STEPS)
   optimizer = make_optimizer(
     config.optimizer, _STEPS, bridge_learning_rate=config.bridge.learning_rate if bridge else 0.0
@@ -175,9 +175,9 @@ def compile_programs(
 def regions_of(config: Any) -> Regions:
   """The sizes of config.regions, or those proposed for its data, tokenizer and prompts."""
   if has_head(config) or not config.regions.layout:
-    return experiments.configured_regions(config)
+    return loading.configured_regions(config)
   tokenizer = load_tokenizer(config.model.tokenizer or find_file(config.model.weights))
-  return experiments.make_formatting(config, tokenizer, prepared_space(config.data.path)).regions
+  return loading.make_formatting(config, tokenizer, prepared_space(config.data.path)).regions
 
 
 def kernel_flops(

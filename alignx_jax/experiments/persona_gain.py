@@ -9,9 +9,9 @@ from alignx_jax.data.formatting import Formatting, Refused, tokenise
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions
 from alignx_jax.evaluation.accuracy import BridgeScorer, Scorer
+from alignx_jax.experiments.policies import Loaded
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.persona import HistoryPolicy
-from alignx_jax.policies import Loaded
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.reference import LogProbs
 

@@ -12,10 +12,10 @@ from alignx_jax.evaluation.judges.endpoint import EndpointJudge
 from alignx_jax.evaluation.judges.model import model_judge
 from alignx_jax.evaluation.judges.questions import Judge
 from alignx_jax.evaluation.judges.simulated import simulated_judge
-from alignx_jax.experiment import data_space
-from alignx_jax.persona_gain import persona_gain
+from alignx_jax.experiments.experiment import data_space
+from alignx_jax.experiments.persona_gain import persona_gain
+from alignx_jax.experiments.policies import load_model
 from alignx_jax.personas.preferences import alignx_space
-from alignx_jax.policies import load_model
 from alignx_jax.training import hosts
 
 

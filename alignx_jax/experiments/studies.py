@@ -3,16 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 from flax import nnx
 
-from alignx_jax import experiment as experiments
-from alignx_jax import measuring
-from alignx_jax.bridges import inferred_logits, temperature_of
-from alignx_jax.config_checks import has_head
 from alignx_jax.data.records import Example
 from alignx_jax.data.splits import simulated_examples
 from alignx_jax.evaluation import controllability as control
@@ -21,13 +18,18 @@ from alignx_jax.evaluation.calibration import softmax
 from alignx_jax.evaluation.changes import format_changes
 from alignx_jax.evaluation.history_length import by_acts, format_history, history_rows
 from alignx_jax.evaluation.novel_preferences import dimensions_of, divide, savings
-from alignx_jax.evaluation.pictures import html_table, share_curves
-from alignx_jax.evaluation.results import format_table
-from alignx_jax.experiment import Experiment
+from alignx_jax.evaluation.pictures import html_table, share_curves, write_svg
+from alignx_jax.evaluation.report import write_report
+from alignx_jax.evaluation.results import format_table, write_results
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments import measuring
+from alignx_jax.experiments.bridges import inferred_logits, temperature_of
+from alignx_jax.experiments.config_checks import has_head
+from alignx_jax.experiments.experiment import Experiment
+from alignx_jax.experiments.study import RUNS
 from alignx_jax.files import as_path
 from alignx_jax.personas.persona import HistoryPolicy
 from alignx_jax.personas.simulator import SimulatorConfig
-from alignx_jax.study import RUNS
 from alignx_jax.training.loop import train
 
 
@@ -73,16 +75,32 @@ class Policy:
     return measuring.policy_scorer(self.experiment, self.params, self.workdir)
 
 
-def run_study(config, workdir: Path) -> Findings:
-  """The study that config.study names.
+def run_study(config, workdir: Path, *, command: str = "") -> Findings:
+  """The study that config.study names; writes results.json, report.html and a picture.
 
+  Args:
+    command: what reproduces it, for the report.
   Raises:
     ValueError: there is no such study.
   """
   name = config.study.name
   if name not in STUDIES:
     raise ValueError(f"config.study.name is {name!r}; set it to {' or '.join(STUDIES)}.")
-  return STUDIES[name](config, workdir)
+  found = STUDIES[name](config, workdir)
+  write_results(workdir / "results.json", found.results)
+  write_svg(workdir / f"{name}.svg", found.pictures[0][1])
+  write_report(
+    workdir / "report.html",
+    title=name.replace("_", " ").capitalize(),
+    summary=found.summary,
+    results=found.results,
+    curves={},
+    config=config,
+    command=command,
+    versions={name: version(name) for name in ("alignx_jax", "jax", "flax", "optax", "grain")},
+    pictures=found.pictures,
+  )
+  return found
 
 
 def aligned(

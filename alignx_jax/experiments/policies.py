@@ -8,11 +8,13 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from alignx_jax import experiment as experiments
-from alignx_jax.config_checks import check_names, has_head, has_latent
 from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.records import RecordError
 from alignx_jax.data.tokenizers import Tokenizer
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments import loading
+from alignx_jax.experiments.config_checks import check_names, has_head, has_latent
+from alignx_jax.experiments.preference_model import load_preference_model
 from alignx_jax.files import as_path
 from alignx_jax.inference.decoding import Generator
 from alignx_jax.inference.persona_judge import Judged, Judging, judge
@@ -23,7 +25,6 @@ from alignx_jax.models.decoder import Decoder
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.persona import Persona
 from alignx_jax.personas.prompts import chat_format, prompt_format
-from alignx_jax.preference_model import load_preference_model
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.run_config import run_config
 
@@ -202,12 +203,12 @@ def load_model(config, workdir: str | Path | None, *, condition: str = "") -> Lo
     infer = lambda personas, posts: infer_preferences_of(head, personas, posts)
   else:
     mesh = meshes.make_mesh(config.mesh, jax.devices()[: config.train.devices or None])
-    tokenizer, model = experiments.load_tokenizer_and_model(
+    tokenizer, model = loading.load_tokenizer_and_model(
       config, platform=mesh.devices.flat[0].platform
     )
-    space = experiments.data_space(config)
+    space = loading.data_space(config)
     config.regions.layout = ""  # prompts are of any length here
-    formatting = experiments.make_formatting(config, tokenizer, space)
+    formatting = loading.make_formatting(config, tokenizer, space)
     experiment = experiments.Experiment(
       config, model, mesh, formatting, (), (), (), None if workdir is None else as_path(workdir)
     )

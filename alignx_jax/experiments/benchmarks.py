@@ -12,9 +12,6 @@ from pathlib import Path
 from absl import logging
 from flax import nnx
 
-from alignx_jax import bridges, measuring
-from alignx_jax import experiment as experiments
-from alignx_jax.config_checks import check_names, check_sizes, has_head
 from alignx_jax.data.benchmarks import Benchmark, load_benchmark
 from alignx_jax.data.loader import Loader
 from alignx_jax.data.tokenizers import find_file, load_tokenizer
@@ -29,7 +26,10 @@ from alignx_jax.evaluation.record_table import (
 )
 from alignx_jax.evaluation.report import write_benchmark_report
 from alignx_jax.evaluation.results import write_results
-from alignx_jax.experiment import Experiment
+from alignx_jax.experiments import bridges, loading, measuring
+from alignx_jax.experiments import experiment as experiments
+from alignx_jax.experiments.config_checks import check_names, check_sizes, has_head
+from alignx_jax.experiments.experiment import Experiment
 from alignx_jax.files import as_path, write_text
 from alignx_jax.personas.preferences import PreferenceSpace, alignx_space
 from alignx_jax.training import hosts
@@ -103,16 +103,16 @@ def load_subject(config, workdir: Path | None, *, policy_weights: str = "") -> S
 
 def _experiment(config, workdir: Path | None) -> Experiment:
   """What a config names, without data."""
-  mesh = experiments.make_mesh(config)
+  mesh = loading.make_mesh(config)
   check_sizes(config, mesh)
   head, space = has_head(config), alignx_space()
   if head:
     space = PreferenceSpace.from_json(workdir / SPACE)
     config.bridge.space = ""  # the run's own copy counts, wherever the file is now
-  tokenizer, model = experiments.load_tokenizer_and_model(
+  tokenizer, model = loading.load_tokenizer_and_model(
     config, platform=mesh.devices.flat[0].platform, dimensions=len(space) if head else 0
   )
-  formatting = experiments.make_formatting(config, tokenizer, space)
+  formatting = loading.make_formatting(config, tokenizer, space)
   formatting = dataclasses.replace(formatting, bridge_space=space if head else None)
   return Experiment(config, model, mesh, formatting, (), (), (), workdir)
 
@@ -125,7 +125,7 @@ def _foreign_policy(experiment: Experiment, weights: str) -> tuple[Experiment, n
   """
   config = experiment.config.copy_and_resolve_references()
   config.model.weights, config.model.preset, config.lora.rank = weights, "", 0
-  arch = experiments.architecture(config, weights=True)
+  arch = loading.architecture(config, weights=True)
   tokenizer = experiment.formatting.tokenizer
   other = (
     f"{weights} was made for other tokens than {experiment.config.model.weights}, the reference; "
@@ -139,7 +139,7 @@ def _foreign_policy(experiment: Experiment, weights: str) -> tuple[Experiment, n
     if own.encode_batch(phrases) != tokenizer.encode_batch(phrases):
       raise ValueError(other)
   platform = experiment.mesh.devices.flat[0].platform
-  model = experiments.abstract_model(config, arch, platform=platform)
+  model = loading.abstract_model(config, arch, platform=platform)
   policy = dataclasses.replace(experiment, config=config, model=model)
   return policy, policy.load_base()
 

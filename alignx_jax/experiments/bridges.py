@@ -9,7 +9,6 @@ from absl import logging
 from flax import nnx
 from safetensors.numpy import save_file
 
-from alignx_jax.config_checks import has_head
 from alignx_jax.data.loader import Loader
 from alignx_jax.data.records import Profiled
 from alignx_jax.evaluation.calibration import (
@@ -19,7 +18,8 @@ from alignx_jax.evaluation.calibration import (
   preference_results,
   softmax,
 )
-from alignx_jax.experiment import Experiment, restored_params
+from alignx_jax.experiments.config_checks import has_head
+from alignx_jax.experiments.experiment import Experiment, restored_params
 from alignx_jax.files import write_text
 from alignx_jax.personas.distribution import Preferences
 from alignx_jax.personas.persona import HistoryPolicy
