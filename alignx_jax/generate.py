@@ -17,7 +17,6 @@ exit code 2. With --judge two personas answer together (Persona-judge): the seco
 "judge", or --judge_persona's.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -55,6 +54,7 @@ def main(config, workdir):
   # Imported here, so that --help answers at once.
   from alignx_jax.experiments.policies import load_policy
   from alignx_jax.inference.answering import answer_file, answer_requests
+  from alignx_jax.inference.conversation import converse
   from alignx_jax.inference.persona_judge import Judging
   from alignx_jax.inference.requests import simulated_requests
   from alignx_jax.training import hosts
@@ -84,7 +84,8 @@ def main(config, workdir):
     if told.refused:
       sys.exit(2)
   else:
-    _converse(policy, _persona(), sampling, judging, other)
+    where = _PERSONA.value or "the persona"
+    converse(policy, _persona(), _posts(), sampling, where=where, judging=judging, judge=other)
 
 
 def _check_flags(config):
@@ -145,32 +146,6 @@ def _read_persona(path: str) -> dict:
   if not isinstance(record, dict):
     raise ValueError(f"{path} holds a {type(record).__name__}; make it one object, a persona.")
   return record
-
-
-def _converse(policy, persona: dict, sampling, judging, other: dict | None) -> None:
-  """Posts from the terminal; each of them with a seed of its own."""
-  from alignx_jax.data.records import RecordError
-  from alignx_jax.inference.answering import stats_of
-  from alignx_jax.inference.requests import parse_request
-
-  space = policy.formatting.space_of_bridge
-  extra = {} if other is None else {"judge": other}
-  for turn, post in enumerate(_posts()):
-    one = dataclasses.replace(sampling, seed=(sampling.seed + turn) % 2**32)
-    where = _PERSONA.value or "the persona"
-    try:
-      request = parse_request(persona | {"prompt": post} | extra, space, where, one)
-      if judging is None:
-        for piece in policy.stream(request):
-          print(piece, end="", flush=True)
-      else:
-        ((_, judged),) = policy.answer([request], judging=judging)
-        if isinstance(judged, RecordError):
-          raise judged
-        print(policy.text(judged.response.ids), stats_of(judged), end="")
-    except RecordError as error:
-      print(f"Not answered: {error}", end="")
-    print(flush=True)
 
 
 def _posts():
