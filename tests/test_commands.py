@@ -14,7 +14,9 @@ def _run(*arguments):
 
 
 @pytest.mark.parametrize(
-  "name", ["train", "evaluate", "study", "studies", "baselines", "sweep", "win_rate"]
+  "name",
+  "audit baselines compile evaluate export prepare_data pretrain_base studies study sweep train "
+  "win_rate".split(),
 )
 def test_help_comes_at_once(name):
   started = time.perf_counter()

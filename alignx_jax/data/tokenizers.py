@@ -2,7 +2,7 @@
 
 Whatever the source, it becomes the dict that a `tokenizer.json` holds, and one function
 makes the tokenizer out of it. A source to come (SentencePiece, tiktoken) needs a function
-from its file to that dict, and a line in `load_tokenizer`.
+from its file to that dict (vocabularies.py), and a line in `load_tokenizer`.
 
 User text is never parsed for special tokens, and no user text can yield a special id: the
 specials are taken out of the encoder's vocabulary, and only `Tokenizer.encode_pieces` puts

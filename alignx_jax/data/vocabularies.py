@@ -10,6 +10,7 @@ BYTES_SPECIALS = ("<|endoftext|>", "<|im_start|>", END_OF_TURN)  # ids 256, 257,
 
 
 def bytes_spec():
+  """A byte an id, and three specials; no merges."""
   vocab = {char: byte for byte, char in _bytes_to_unicode().items()}
   spec = {
     "added_tokens": [
@@ -24,6 +25,11 @@ def bytes_spec():
 
 
 def json_spec(path):
+  """A `tokenizer.json`, with what the files beside it say of bos and eos.
+
+  Raises:
+    ValueError: it is no such file, or several ids could be meant.
+  """
   spec = _read_json(path)
   if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
     raise ValueError(
@@ -76,6 +82,12 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_
 
 
 def gguf_spec(path):
+  """The vocabulary in a `.gguf` file; needs the extra `gguf`.
+
+  Raises:
+    ImportError: that is not installed.
+    ValueError: the file is damaged, or its vocabulary is of a kind that is not known here.
+  """
   try:
     import gguf
   except ImportError as error:

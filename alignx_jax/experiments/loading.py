@@ -11,10 +11,7 @@ from alignx_jax.data.prepared import is_prepared, prepared_space
 from alignx_jax.data.proposals import proposed_regions
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import Tokenizer, find_file, load_tokenizer
-from alignx_jax.experiments.config_checks import (
-  has_head,
-  has_latent,
-)
+from alignx_jax.experiments.config_checks import has_head, has_latent
 from alignx_jax.models.bridge import BridgeParam, add_bridge
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.latent import add_latent

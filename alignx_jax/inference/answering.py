@@ -49,7 +49,7 @@ def answer_file(
   Answers are appended batch by batch, and put in the order of the requests at the end.
 
   Args:
-    policy: policies.Policy.
+    policy: experiments.policies.Policy.
     sampling: where a request does not say.
     judge: the second persona of requests that have none, for Persona-judge.
   Raises:

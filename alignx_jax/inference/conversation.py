@@ -23,7 +23,7 @@ def converse(
   """Prints an answer to each post, piece by piece; or why there is none.
 
   Args:
-    policy: policies.Policy.
+    policy: experiments.policies.Policy.
     persona: fields of a record.
     sampling: of the first post; each has a seed of its own.
     where: where the persona is from, for messages.
