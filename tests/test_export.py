@@ -21,7 +21,7 @@ from alignx_jax.models.tokenizer_files import write_tokenizer_files
 from alignx_jax.training.metrics import read_metrics
 from configs import base
 
-SIMULATED_BASE = Path(experiments.__file__).parent / "models/simulated_base"
+SIMULATED_BASE = Path(__file__).parents[1] / "alignx_jax/models/simulated_base"
 WEIGHTS = {"config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 
