@@ -1,5 +1,6 @@
 """What all entry points share: --config and --workdir, and mistakes told in one sentence."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ def run(
   is not finite) ends the program with its message; --verbosity=1 shows where it came
   from. Anything else is a bug and keeps its traceback.
   """
+  _use_huge_pages()
   flags.mark_flags_as_required(requires)
 
   def call(argv):
@@ -35,6 +37,8 @@ def run(
       raise app.UsageError(f"What is {argv[1]!r}? Options start with --.")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # the libraries' notes would bury progress bars
+    if "config" in requires:
+      _check_loaded()
     try:
       workdir = None if _WORKDIR.value is None else as_path(_WORKDIR.value)
       main(*((_CONFIG.value, workdir) if requires else ()))
@@ -45,6 +49,29 @@ def run(
       sys.exit(f"Error: {error}")
 
   app.run(call, flags_parser=_parse)
+
+
+def _check_loaded() -> None:
+  """Ends the program with a sentence if there is no such config file."""
+  try:
+    _ = _CONFIG.value.is_locked
+  except OSError as error:
+    sys.exit(f"Error: --config: {str(error).splitlines()[-1].strip()}")
+
+
+def _use_huge_pages() -> None:
+  """Starts the program anew where its arrays would lie in small pages.
+
+  XLA's CPU backend allocates and frees them in each step, and clearing pages of 4 kB is then a
+  quarter of its time. glibc's malloc asks for huge ones if told so before a program starts.
+  """
+  pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+  asked = os.environ.get("GLIBC_TUNABLES", "")
+  if "malloc.hugetlb" in asked or not pages.exists() or "[madvise]" not in pages.read_text():
+    return
+  os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [asked, "glibc.malloc.hugetlb=1"]))
+  sys.stdout.flush()
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _parse(argv):

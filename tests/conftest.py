@@ -19,6 +19,7 @@ os.environ |= {
   "JAX_COMPILATION_CACHE_DIR": _programs.name,
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as command_line.py sets it; for xdist's workers
 }
 
 # Started in the background, this and all it starts would ignore what Ctrl-C sends.

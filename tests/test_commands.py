@@ -40,6 +40,26 @@ def test_nothing_on_the_training_path_imports_tensorflow():
   assert done.stdout == "[]\n", done.stderr
 
 
+def test_a_config_that_is_not_there_is_named_in_one_sentence(tmp_path):
+  done = _run("alignx_jax.train", "--config=configs/nope.py", f"--workdir={tmp_path}")
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  assert done.stderr.startswith("Error: --config: ") and "'configs/nope.py'" in done.stderr
+
+
+def test_arrays_lie_in_huge_pages():
+  code = (
+    "import os; from alignx_jax import command_line\n"
+    "command_line._use_huge_pages()\n"
+    "print(os.environ.get('GLIBC_TUNABLES'))"
+  )
+  enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+  if not enabled.exists() or "[madvise]" not in enabled.read_text():
+    pytest.skip("needs a Linux that gives huge pages to those who ask")
+  env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.check=0"}
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+  assert done.stdout == "glibc.malloc.check=0:glibc.malloc.hugetlb=1\n", done.stderr
+
+
 def _refusal(tmp_path, *changes):
   done = _run(
     "alignx_jax.train",
