@@ -32,7 +32,7 @@ from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.presets import get_architecture
 from alignx_jax.training.mesh import make_mesh
 from configs import base, ica_llama31_8b
-from tests.test_readme import COMMANDS, ROOT
+from tests.pages import ROOT, shown_on_pages
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -366,8 +366,8 @@ def test_the_sizes_named_are_those_of_the_model():
 
 
 @pytest.mark.slow
-def test_the_readmes_program_fits_and_holds_neither_whole_parameters_nor_whole_logits(tmp_path):
-  (command,) = (command for command in COMMANDS if "alignx_jax.compile" in command)
+def test_the_pages_program_fits_and_holds_neither_whole_parameters_nor_whole_logits(tmp_path):
+  (command,) = shown_on_pages(r"alignx_jax\.compile ")
   arguments = [*shlex.split(command.replace("runs/compile", str(tmp_path))), "--save_text"]
   done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
   assert done.returncode == 0, done.stderr[-3000:]

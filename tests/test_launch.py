@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +17,9 @@ import yaml
 from alignx_jax.ahead import chips
 from alignx_jax.training.metrics import read_metrics
 from alignx_jax.training.stopping import EXIT_CODE
+from tests.pages import ROOT, shown_on_pages
 from tests.small_records import small_record
 
-ROOT = Path(__file__).parents[1]
 STAND_INS = ROOT / "tests" / "stand_ins"
 WORKDIR = "gs://runs/first"
 CREATE = ("compute", "tpus", "queued-resources", "create")
@@ -326,8 +325,8 @@ def test_the_types_are_topologies_that_there_are(monkeypatch):
     assert f"\n{found.chip.name}\t" in generations
 
 
-def test_the_readme_shows_a_command_that_runs(cloud):
-  (command,) = re.findall(r"^launch/tpu_run.sh .*$", (ROOT / "README.md").read_text(), re.M)
+def test_the_page_shows_a_command_that_runs(cloud):
+  (command,) = shown_on_pages(r"^launch/tpu_run\.sh ")
   done = subprocess.run(
     ["bash", "-c", command.replace(" -- ", " --dry-run -- ")],
     cwd=cloud.repo,

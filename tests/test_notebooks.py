@@ -11,7 +11,7 @@ from alignx_jax import notebook
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "explore.md").read_text(encoding="utf-8")
 (URL,) = re.findall(r'url="(https://github\.com/\S+)"', (ROOT / "setup.py").read_text())
 of_each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -31,11 +31,11 @@ def test_a_notebook_is_valid_and_small(path):
 
 
 @of_each
-def test_a_badge_opens_it_in_colab_here_and_in_the_readme(path):
+def test_a_badge_opens_it_in_colab_here_and_on_the_page(path):
   repository = URL.removeprefix("https://github.com/")
   link = f"(https://colab.research.google.com/github/{repository}/blob/main/notebooks/{path.name})"
   assert link in _read(path).cells[0].source
-  assert link in README
+  assert link in PAGE
 
 
 @of_each
@@ -80,7 +80,9 @@ def test_what_a_notebook_points_to_is_there(path):
     if cell.cell_type == "markdown":
       for link in re.findall(r"\]\((\w[^):]*)\)", cell.source):
         assert (path.parent / link).exists(), link
-    for file in re.findall(r"\b(?:configs|alignx_jax|launch)/[\w/]+\.(?:py|sh)\b", cell.source):
+    for file in re.findall(
+      r"\b(?:configs|alignx_jax|launch|docs)/[\w/]+\.(?:py|sh|md)\b", cell.source
+    ):
       assert (ROOT / file).exists(), file
 
 

@@ -1,11 +1,10 @@
-"""The README's commands work as they stand there. The first two are run by .ci/run."""
+"""The commands of README.md and docs/ work as they stand there. README.md's are run by .ci/run."""
 
 import json
 import os
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,11 +17,8 @@ from alignx_jax.experiments import experiment as experiments
 from alignx_jax.models.pretrained import load_decoder
 from alignx_jax.personas.simulator import simulate_record
 from configs import smollm2_p_soups_ica
+from tests.pages import ROOT, shown_on_pages
 
-ROOT = Path(__file__).parents[1]
-COMMANDS = re.findall(
-  r"^python -m alignx_jax\..*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-)
 # One step on a few simulated users in small rows, instead of real data and half an hour.
 SMALL = {
   "config.data.path": "simulated",
@@ -40,7 +36,7 @@ SMALL = {
 
 @pytest.mark.slow
 def test_commands_on_a_real_model(tmp_path, smollm2_path):
-  commands = [command for command in COMMANDS if "smollm2" in command]
+  commands = shown_on_pages(r"^python .*smollm2")
   assert [shlex.split(command)[2].split(".")[1] for command in commands] == [
     *("train", "train", "evaluate", "export")
   ]
@@ -81,7 +77,7 @@ def _one_step(command, tmp_path):
 
 @pytest.mark.long
 def test_the_command_of_the_baselines(tmp_path):
-  (command,) = [command for command in COMMANDS if "alignx_jax.baselines" in command]
+  (command,) = shown_on_pages(r"alignx_jax\.baselines ")
   printed = _one_step(command, tmp_path)
   for policy in ("length", "base", "dpo", "pba", "vpl"):
     assert f"| {policy:6} |" in printed
@@ -89,8 +85,17 @@ def test_the_command_of_the_baselines(tmp_path):
 
 
 @pytest.mark.long
+def test_the_command_of_the_bridge(tmp_path):
+  (command,) = shown_on_pages(r"^python .*configs/bridge_simulated\.py")
+  printed = _one_step(command, tmp_path)
+  for condition in ("inferred", "golden", "shuffled", "none"):
+    assert f"| pba_head | {condition:9} | matched " in printed
+  assert "| head " in printed and "| labels averaged |" in printed
+
+
+@pytest.mark.long
 def test_the_command_that_sweeps(tmp_path):
-  (command,) = [command for command in COMMANDS if "alignx_jax.sweep" in command]
+  (command,) = shown_on_pages(r"alignx_jax\.sweep ")
   printed = _one_step(command, tmp_path)
   table = pq.read_table(tmp_path / "beta" / "sweep.parquet").to_pylist()
   assert [row["status"] for row in table] == ["finished"] * 15
@@ -100,7 +105,7 @@ def test_the_command_that_sweeps(tmp_path):
 
 @pytest.mark.long
 def test_commands_of_studies(tmp_path):
-  commands = [command for command in COMMANDS if "alignx_jax.studies" in command]
+  commands = shown_on_pages(r"alignx_jax\.studies ")
   few = {"history_length": {"users": 4}, "novel_preferences": {"users": 4, "examples": "(2,)"}}
   small = SMALL | {"config.data.validation_records": 4, "config.regions.parts": 64}
   for command in commands:
@@ -118,10 +123,8 @@ def test_commands_of_studies(tmp_path):
 
 @pytest.mark.slow
 def test_commands_that_generate(tmp_path):
-  commands = [shlex.split(command) for command in COMMANDS if "alignx_jax.generate" in command]
-  compared = [command for command in commands if "--users=100" in command]
-  commands = [command for command in commands if command not in compared]
-  compared += [shlex.split(command) for command in COMMANDS if "alignx_jax.win_rate" in command]
+  commands = [*map(shlex.split, shown_on_pages(r"alignx_jax\.generate (?!.*--users)"))]
+  compared = [*map(shlex.split, shown_on_pages(r"alignx_jax\.(generate .*--users|win_rate )"))]
   assert (len(commands), len(compared)) == (2, 3)
   config = "--config=configs/study_simulated.py"
   small = [f"--{name}={value}" for name, value in SMALL.items()]
@@ -154,7 +157,7 @@ def test_commands_that_generate(tmp_path):
 
 @pytest.mark.slow
 def test_commands_on_benchmarks(tmp_path):
-  commands = [shlex.split(c) for c in COMMANDS if "--benchmarks" in c or "compare" in c]
+  commands = [*map(shlex.split, shown_on_pages(r" --benchmarks=|alignx_jax\.compare "))]
   assert [command[2] for command in commands] == [
     *["alignx_jax.evaluate"] * 2,
     "alignx_jax.compare",
@@ -190,7 +193,7 @@ def test_commands_on_benchmarks(tmp_path):
 
 @pytest.mark.long
 def test_the_command_that_audits(tmp_path):
-  (command,) = [shlex.split(command) for command in COMMANDS if "alignx_jax.audit" in command]
+  (command,) = map(shlex.split, shown_on_pages(r"alignx_jax\.audit "))
   small = [f"--{name}={value}" for name, value in SMALL.items()]
   run = ["python", "-m", "alignx_jax.train", command[3], f"--workdir={tmp_path}/study/ica", *small]
   run += ["--config.data.demographics=0.5", "--config.objective.groups=gender"]
@@ -205,7 +208,7 @@ def test_the_command_that_audits(tmp_path):
 
 
 def test_commands_that_prepare_data(tmp_path):
-  commands = [command for command in COMMANDS if "prepare_data" in command]
+  commands = shown_on_pages(r"alignx_jax\.prepare_data ")
   assert len(commands) == 2
   (tmp_path / "published").mkdir()
   records = [simulate_record(i, split="train", seed=0) for i in range(20)]
@@ -222,13 +225,3 @@ def test_commands_that_prepare_data(tmp_path):
   assert "8192 persona" in done.stdout
   assert (tmp_path / "out/simulated/regions.json").exists()
   assert (tmp_path / "out/train/data_card.json").exists()
-
-
-def test_every_file_the_readme_points_to_is_there():
-  text = (ROOT / "README.md").read_text(encoding="utf-8")
-  links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-  folders = re.findall(r"`((?:alignx_jax|configs)/[\w/.]*)`", text)
-  configs = re.findall(r"configs/\w+\.py", text)
-  assert links and folders and configs
-  for path in (*links, *folders, *configs):
-    assert (ROOT / path).exists(), path

@@ -1,13 +1,12 @@
 """The whole main job on a tiny model: every row, report and picture, and the same again."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 
 from alignx_jax.experiments import study
 from configs import study_simulated
+from tests.pages import shown_on_pages
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +75,9 @@ def test_the_same_study_again_gives_the_same_results_and_may_measure_otherwise(f
   assert [row for row in found if row["examples"] > 2] == full
 
 
-def test_the_readme_reads_adds_to_and_steers_a_users_preferences(finished, capsys):
+def test_the_page_reads_adds_to_and_steers_a_users_preferences(finished, capsys):
   _, workdir, _ = finished
-  readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-  (code,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+  (code,) = shown_on_pages(r"from alignx_jax\.preference_model import")
   names = {}
   exec(code.replace("runs/study", str(workdir)), names)
   assert names["steered"]["Likes photography"] == 1.0

@@ -13,6 +13,7 @@ from alignx_jax.sweeps import cluster, pictures, plan, space, table
 from alignx_jax.sweeps.halving import Halving
 from alignx_jax.sweeps.options import sweep_options
 from configs import base
+from tests.pages import shown_on_pages
 
 SWEEPS = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.py"))
 
@@ -48,6 +49,15 @@ def test_grids_crosses_and_names():
   # Fields whose last parts are the same are named whole.
   assert space.name_of({"lora.rank": 2, "x.rank": 3}) == "lora.rank=2,x.rank=3"
   assert space.name_of({"history.kinds": ("ugc", "pair")}) == "kinds=ugc+pair"
+
+
+def test_a_sweep_as_its_page_shows_it():
+  (code,) = shown_on_pages(r"def get_sweep")
+  names = {}
+  exec(code, names)
+  trials = list(names["get_sweep"]())
+  assert len(trials) == 9
+  assert trials[-1] == space.trial({"objective.beta": 0.3, "seed": 2})
 
 
 def test_samples_are_the_same_for_a_seed_and_spread_by_factors():
