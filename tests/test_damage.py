@@ -140,6 +140,49 @@ def test_a_run_whose_every_checkpoint_is_damaged_stops_and_keeps_them(saved, tmp
   assert Checkpoints(directory, keep=2).steps() == [2, 4]
 
 
+@pytest.mark.parametrize("file", ["run/metadata", "params/_METADATA"])
+def test_a_disk_that_fails_is_no_damage_and_nothing_is_skipped(saved, tmp_path, file):
+  directory = Path(shutil.copytree(saved, tmp_path / "run"))
+  (path := directory / "checkpoints/4" / file).unlink()
+  path.symlink_to("/proc/self/mem")  # to read its start gives EIO
+  with pytest.raises(OSError, match=r"of step 4 .* could not be read \(OSError.*Input/output error"):
+    Checkpoints(directory, keep=2).newest(state_like())
+  assert Checkpoints(directory, keep=2).steps() == [2, 4]
+  path.unlink()
+  shutil.copy(saved / "checkpoints/4" / file, path)
+  assert Checkpoints(directory, keep=2).newest(state_like()).step == 4
+
+
+def wrapped(error):
+  """As Orbax does."""
+  outer = Exception("Encountered error while reading array index")
+  outer.__cause__ = error
+  return outer
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    MemoryError(),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+    ValueError("UNKNOWN: Error opening: Failed to read [OS error 5: EIO Input/output error]"),
+    wrapped(ValueError("UNAVAILABLE: Error reading gs://bucket")),
+    PermissionError(13, "Permission denied"),
+  ],
+)
+def test_what_is_no_sign_of_damage_stops_the_run(saved, tmp_path, monkeypatch, error):
+  directory = Path(shutil.copytree(saved, tmp_path / "run"))
+  checkpoints = Checkpoints(directory, keep=2)
+
+  def restore(step, args):
+    raise error
+
+  monkeypatch.setattr(checkpoints._manager, "restore", restore)
+  with pytest.raises(OSError, match="Nothing shows that it is damaged"):
+    checkpoints.newest(state_like())
+  assert Checkpoints(directory, keep=2).steps() == [2, 4]
+
+
 def test_values_that_were_swapped_within_a_checkpoint_are_found(saved, tmp_path, caplog):
   """Files of another checkpoint in its place: each whole, yet not what was saved."""
   directory = Path(shutil.copytree(saved, tmp_path / "run"))

@@ -3,12 +3,14 @@
 A checkpoint is written beside its place and renamed when it is whole. It carries a checksum of
 each of its arrays, over their values, so what is read is compared with what was saved whatever
 the mesh, the number of hosts or the file system. One that is damaged is set aside, named, and
-the one before it taken.
+the one before it taken. One that cannot be read for another reason (a failing disk, no memory)
+may be whole: that stops the run.
 """
 
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +102,7 @@ class Checkpoints:
       keep_damaged: leave them where they are.
     Raises:
       ValueError: there are checkpoints and every one is damaged.
+      OSError: one could not be read, which is no sign of damage; nothing is moved.
     """
     steps = [step for step in self.steps() if only in (None, step)]
     parts = _parts(state)
@@ -164,13 +167,26 @@ class Checkpoints:
     return parts
 
   def _try(self, step, read):
-    """What is read of a step; or the damage, if there is any for some process."""
+    """What is read of a step; or the damage, if there is any for some process.
+
+    Raises:
+      OSError: some process could not read it, which is no sign of damage.
+    """
+    result, failure = None, None
     try:
       result = read(step)
-    except Exception as error:  # whatever a library makes of damaged files
+    except Exception as error:
       reason = str(error).strip().splitlines() or [""]
       result = _Damage(f"{type(error).__name__}: {reason[0][:200]}")
-    if not hosts.all_true(not isinstance(result, _Damage)) and not isinstance(result, _Damage):
+      failure = None if _shows_damage(error) else error
+    worst = hosts.largest(2 if failure else int(isinstance(result, _Damage)))
+    if worst == 2:
+      told = result.reason if failure else "another host says why in its log"
+      raise OSError(
+        f"The checkpoint of step {step} in {self.directory} could not be read ({told}). Nothing "
+        "shows that it is damaged, so it is not skipped; mend that and run the same command again."
+      ) from failure
+    if worst and not isinstance(result, _Damage):
       return _Damage("another host cannot read it")
     return result
 
@@ -213,6 +229,19 @@ class Checkpoints:
 
 class _Damage(NamedTuple):
   reason: str
+
+
+# What it raises to read files that are cut short, gone or malformed,
+_DAMAGE = AttributeError, FileNotFoundError, LookupError, TypeError, ValueError
+# and how TensorStore, which raises ValueError for all that happens, then begins.
+_STATUSES = "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE"
+
+
+def _shows_damage(error: BaseException) -> bool:
+  while type(error) is Exception and error.__cause__:  # Orbax's, around what happened
+    error = error.__cause__
+  status = re.match(r"([A-Z_]+): ", str(error))
+  return isinstance(error, _DAMAGE) and (status is None or status[1] in _STATUSES)
 
 
 def _parts(state) -> dict:
