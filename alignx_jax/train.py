@@ -26,7 +26,7 @@ def main(config, workdir):
   from alignx_jax.experiments.replay import replay
   from alignx_jax.training import hosts
 
-  hosts.connect()
+  hosts.connect(config.train.barrier_seconds)
   if _LOG_TEXT.value:
     config.train.log_text = True
   experiment = told_by(experiments.load_experiment(config))

@@ -156,7 +156,7 @@ def get_config() -> ConfigDict:
   config.train.spike_factor = 10.0  # of the usual gradient norm: then the examples are logged
   config.train.log_text = False  # logs show what users wrote, not only ids of examples
   config.train.profile = (0, 0)  # first step and end of a profiler's window
-  config.train.barrier_seconds = 300.0  # that hosts wait for one another at the start
+  config.train.barrier_seconds = 300.0  # that hosts wait for one another, and for a step
 
   config.eval = ConfigDict()
   config.eval.rows = 8  # packed rows of an evaluation batch

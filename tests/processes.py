@@ -9,14 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_together(arguments, *, processes: int, devices: int, timeout: float = 300) -> list[str]:
-  """Runs `python ARGUMENTS` in so many processes of so many CPU devices each.
-
-  Returns:
-    What each printed to stdout.
-  Raises:
-    AssertionError: one failed; shows its stderr.
-  """
+def start_together(arguments, *, processes: int, devices: int) -> list[subprocess.Popen]:
+  """Starts `python ARGUMENTS` in so many processes of so many CPU devices each."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -43,6 +37,18 @@ def run_together(arguments, *, processes: int, devices: int, timeout: float = 30
         text=True,
       )
     )
+  return running
+
+
+def run_together(arguments, *, processes: int, devices: int, timeout: float = 300) -> list[str]:
+  """Runs `python ARGUMENTS` in so many processes of so many CPU devices each.
+
+  Returns:
+    What each printed to stdout.
+  Raises:
+    AssertionError: one failed; shows its stderr.
+  """
+  running = start_together(arguments, processes=processes, devices=devices)
   try:
     ended = [process.communicate(timeout=timeout) for process in running]
   finally:

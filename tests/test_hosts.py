@@ -1,6 +1,11 @@
 """Several processes train and evaluate as one: the same losses, results and checkpoints."""
 
+import contextlib
 import json
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,9 +16,10 @@ from alignx_jax.experiments import experiment as experiments
 from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training.metrics import read_metrics
+from alignx_jax.training.rendezvous import meet
 from configs import base
 from tests.faults.kill_and_resume import consumed
-from tests.processes import run_together
+from tests.processes import run_together, start_together
 from tests.small_records import small_record
 
 SETTINGS = {
@@ -149,3 +155,97 @@ def test_half_of_the_variables_is_refused(monkeypatch):
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
   with pytest.raises(ValueError, match="JAX_NUM_PROCESSES, JAX_PROCESS_ID is not"):
     hosts.connect()
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_process_that_never_connects_is_named_by_all_others(missing):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    address = f"localhost:{probe.getsockname()[1]}"
+
+  def told(index):
+    with pytest.raises(RuntimeError) as error:
+      meet(address, 3, index, 1.5)
+    return str(error.value)
+
+  with ThreadPoolExecutor() as pool:
+    for text in pool.map(told, {0, 1, 2} - {missing}):
+      assert f"Waited 2 s at {address} for process {missing} of 3" in text
+
+
+def test_processes_meet_whoever_is_first_and_whatever_else_comes_to_the_port():
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+
+  def come(index):
+    time.sleep(0.2 * index if index != 0 else 0.5)
+    meet(f"localhost:{port}", 3, index, 30)
+    return index
+
+  def stranger():
+    time.sleep(0.7)
+    with socket.create_connection(("localhost", port)) as connection:
+      connection.sendall(b"GET / HTTP/1.1\r\n")
+
+  with ThreadPoolExecutor() as pool:
+    other = pool.submit(stranger)
+    assert list(pool.map(come, range(3))) == [0, 1, 2]
+    with contextlib.suppress(OSError):
+      other.result()
+
+
+# ------------------------------------------------------------------ one of two processes
+
+
+@contextlib.contextmanager
+def small_run(workdir, data, *flags, **settings):
+  """tests.faults.small_run in two processes, killed in the end."""
+  settings = SETTINGS | {"data.path": data, "train.epochs": 9} | settings
+  flags = [*(f"--config.{name}={value}" for name, value in settings.items()), *flags]
+  command = ["-m", "tests.faults.small_run", "--config=configs/base.py", f"--workdir={workdir}"]
+  running = start_together([*command, *flags], processes=2, devices=1)
+  try:
+    yield running
+  finally:
+    for process in running:
+      process.kill()
+
+
+def wait_for(path, running):
+  deadline = time.monotonic() + 200
+  while not path.exists():
+    assert time.monotonic() < deadline and all(process.poll() is None for process in running)
+    time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_in_training_is_named_and_the_others_end(tmp_path, data):
+  with small_run(tmp_path, data, **{"train.barrier_seconds": 8.0}) as running:
+    first, second = running
+    wait_for(tmp_path / "consumed_1.jsonl", running)
+    second.send_signal(signal.SIGSTOP)
+    since = time.monotonic()
+    error = first.communicate(timeout=120)[1]
+    assert first.returncode == 1 and time.monotonic() - since < 60
+  told = [line for line in error.splitlines() if line.startswith("Error: ")]
+  assert len(told) == 1 and "for process 1 of 2" in told[0], error[-3000:]
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_ends_a_process_at_once(tmp_path, data):
+  with small_run(tmp_path, data) as running:
+    wait_for(tmp_path / "lock", running)  # connected, and nothing is compiled yet
+    running[1].terminate()
+    assert running[1].wait(timeout=30) == -signal.SIGTERM
+  assert not list(tmp_path.glob("consumed_*"))
+
+
+@pytest.mark.slow
+def test_in_a_thread_jax_notices_sigterm_and_all_processes_save_at_the_same_step(tmp_path, data):
+  flags = ["--stop_at=3", "--in_thread"]
+  with small_run(tmp_path, data, *flags, **{"train.checkpoint_every": 99}) as running:
+    ended = [process.communicate(timeout=250) for process in running]
+  assert all("stopped" in output for output, _ in ended), ended
+  (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+  assert 4 <= int(checkpoint.name) <= 8

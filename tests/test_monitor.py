@@ -1,6 +1,7 @@
 """Numbers that are not finite, what they were of, and what a running step tells."""
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -11,8 +12,9 @@ from alignx_jax.experiments.replay import replay
 from alignx_jax.training import loop
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import read_metrics
+from alignx_jax.training.monitor import SPENT, Monitor, Pending
 from tests.processes import run_together
-from tests.small_records import small_config, write_small_records
+from tests.small_records import small_config, small_record, write_small_records
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def broken_reference(monkeypatch):
   return use
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path, data, broken_reference):
+def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path, data, broken_reference, caplog):
   config = small_config(data)
   broken_reference([5])
   result = run(config, tmp_path / "run")
@@ -59,8 +61,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path, data, broken_r
   (event,) = events(tmp_path / "run", "skipped")
   bad = experiments.load_experiment(config).train[5]
   assert event["step"] == skipped["step"] and bad.id in event["examples"]
-  logs = (tmp_path / "run" / "logs" / "host_0.jsonl").read_text()
-  assert bad.chosen not in logs  # nothing that users wrote
+  assert bad.id in caplog.text
 
   # The update that was left out changed nothing.
   at = skipped["step"]
@@ -69,14 +70,38 @@ def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path, data, broken_r
   states = Checkpoints(tmp_path / "each", keep=99)
   like = jax.tree.map(np.asarray, experiments.load_experiment(config).load_base())
   assert at > 0  # there is a checkpoint before it
-  before, after = (jax.tree.leaves(_params(states, like, step)) for step in (at, at + 1))
+  before, after = (
+    jax.tree.leaves(states.newest_params(like, only=step).state) for step in (at, at + 1)
+  )
   for x, y in zip(before, after, strict=True):
     np.testing.assert_array_equal(x, y)
 
 
-def _params(checkpoints, like, step):
-  found = checkpoints._newest([step], {"params": like}, lambda run: None, aside=False)
-  return found.state["params"]
+def test_what_is_logged_has_no_word_that_a_user_wrote(tmp_path, broken_reference, caplog, capfd):
+  path = tmp_path / "records.json"
+  path.write_text(json.dumps([_marked(small_record(i)) for i in range(48)]))
+  config = small_config(path)
+  config.train.update(spike_factor=0.0, epochs=3)
+  assert "Zwieback" in experiments.load_experiment(config).train[0].persona.comments[0].comment
+  broken_reference([5])
+  run(config, tmp_path / "run")
+  assert events(tmp_path / "run", "skipped") and events(tmp_path / "run", "spike")
+  broken_reference(slice(None))
+  with pytest.raises(FloatingPointError) as stopped:
+    run(config, tmp_path / "given_up")
+  files = [*tmp_path.glob("*/logs/*"), *tmp_path.glob("*/*.json*")]
+  assert {"host_0.jsonl", "config.json", "metrics.jsonl"} < {file.name for file in files}
+  told = "".join(file.read_text() for file in files) + caplog.text + str(stopped.value)
+  assert "records.json:5" in told and "Zwieback" not in told + "".join(capfd.readouterr())
+
+
+def _marked(record):
+  """A record with this word in every text."""
+  if isinstance(record, dict):
+    return {key: _marked(value) for key, value in record.items()}
+  if isinstance(record, list):
+    return [_marked(value) for value in record]
+  return f"{record} Zwieback" if isinstance(record, str) else record
 
 
 def test_log_text_shows_what_users_wrote(tmp_path, data, broken_reference):
@@ -101,6 +126,9 @@ def test_a_run_gives_up_after_several_and_its_batches_are_replayed(
   (file,) = (tmp_path / "run").glob("replay_*.json")
   assert f"--replay_batch={file}" in str(stopped.value)
   experiment = experiments.load_experiment(config)
+  body = json.loads(file.read_text())
+  ids = {example.id for example in experiment.train}
+  assert len(body["examples"]) == 3 and all(set(of) <= ids and of for of in body["examples"])
   told = replay(experiment, tmp_path / "run", str(file))
   assert "step 0 row 0: loss nan" in told and "step 2 row 1: loss nan" in told
   first = told.splitlines()[0]
@@ -109,12 +137,94 @@ def test_a_run_gives_up_after_several_and_its_batches_are_replayed(
   assert "not finite in the gradient of" in told
 
 
-def test_a_spike_of_the_gradient_is_told_with_its_examples(tmp_path, data):
+@pytest.mark.parametrize("bad_steps", [(2, 3, 4), (3, 4), ()])
+def test_a_run_gives_up_with_the_state_before_the_bad_steps(tmp_path, data, monkeypatch, bad_steps):
+  """Which a later step, begun before the last of them was read, would have changed."""
+  make_steps, done = loop.make_steps, []
+
+  def broken(*args):
+    programs = make_steps(*args)
+
+    def train(state, frozen, rows):
+      done.append(len(done))
+      if done[-1] in bad_steps:
+        rows = rows._replace(weight_BE=rows.weight_BE * np.nan)
+      return programs.train(state, frozen, rows)
+
+    return programs._replace(train=train)
+
+  monkeypatch.setattr(loop, "make_steps", broken)
   config = small_config(data)
-  config.train.update(epochs=3, spike_factor=1e-6)
-  run(config, tmp_path / "run")
-  found = events(tmp_path / "run", "spike")
-  assert found and found[0]["step"] == 10 and found[0]["examples"]
+  config.train.stop_after_skipped = 3
+  if len(bad_steps) < 3:
+    assert run(config, tmp_path / "run").steps == 6
+    return
+  with pytest.raises(FloatingPointError, match="3 steps in a row .* from step 2 on"):
+    run(config, tmp_path / "run")
+  assert done == [0, 1, 2, 3, 4]  # step 5 was not begun
+  states = Checkpoints(tmp_path / "run", keep=2)
+  (file,) = (tmp_path / "run").glob("replay_*.json")
+  saved = json.loads(file.read_text())["checkpoint"]
+  assert saved == states.steps()[-1] == 5
+  like = jax.tree.map(np.asarray, experiments.load_experiment(config).load_base())
+  before, after = (states.newest_params(like, only=step).state for step in (2, 5))
+  for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+class Spiking:
+  """A monitor of steps with these gradient norms."""
+
+  def __init__(self, tmp_path, data, **settings):
+    config = small_config(data)
+    config.train.update(settings)
+    self.loader = experiments.training_loader(experiments.load_experiment(config))
+    self.rows, self.lanes_BW = next(self.loader.batches(self.loader.start()))
+    self.monitor = Monitor(
+      config,
+      tmp_path / "run",
+      self.loader,
+      first=0,
+      steps=99,
+      ideal_seconds=None,
+      fingerprint="",
+      gather=lambda x: x,
+      began=time.perf_counter(),
+    )
+
+  def report(self, step, norm=1.0):
+    pairs = dict.fromkeys(("loss", "reward_accuracy", "margin", "filled"), (1.0, 2.0))
+    pairs |= {"gradient_norm": (norm, 1.0), "skipped": (0.0, 1.0)}
+    self.monitor.report(Pending(step, self.rows, self.lanes_BW, pairs, np.array(False)))
+
+
+def test_a_spike_of_the_gradient_is_told_with_its_examples_and_nothing_else_is(tmp_path, data):
+  steps = Spiking(tmp_path, data, spike_factor=10.0)
+  for step in range(30):
+    steps.report(step, 20.0 if step in (3, 17) else 1 + step / 10)
+  (event,) = events(tmp_path / "run", "spike")  # of step 3 nobody knows what is usual
+  assert event["step"] == 17 and event["norm"] == 20 and 1 < event["usual"] < 3
+  assert event["examples"] == steps.monitor.ids(steps.rows)
+
+
+def test_no_time_is_lost_between_lines_of_metrics_or_before_the_first(tmp_path, data):
+  steps = Spiking(tmp_path, data, log_every=4)
+  for step in range(9):
+    with steps.monitor.spending("checkpoint"):
+      time.sleep(0.01)
+    steps.report(step)
+  steps.monitor.close()
+  lines = read_metrics(tmp_path / "run")
+  assert [line["step"] for line in lines] == [0, 4, 8]
+  totals = steps.monitor.totals()
+  for what in ("setup", "checkpoint", "data"):
+    assert sum(line[f"seconds/{what}"] for line in lines) == pytest.approx(
+      totals[f"seconds/{what}"]
+    )
+  assert totals["seconds/checkpoint"] > 0.09 and totals["seconds/setup"] > 0
+  assert lines[-1]["goodput"] == pytest.approx(
+    totals["seconds/step"] / sum(totals[f"seconds/{what}"] for what in SPENT), rel=0.2
+  )
 
 
 def test_where_the_time_goes_adds_up(tmp_path, data):
@@ -126,6 +236,8 @@ def test_where_the_time_goes_adds_up(tmp_path, data):
     assert all(line[f"seconds/{what}"] >= 0 for what in ("step", "data", "checkpoint"))
     assert "mfu" not in line  # the peak of a CPU is not known
   assert any(line["seconds/checkpoint"] > 0 for line in lines)
+  (end,) = events(tmp_path / "run", "end")
+  assert end["seconds/setup"] > 0 and 0 < end["goodput"] < 1 - end["seconds/setup"] / 1e3
   beat = json.loads((tmp_path / "run" / "heartbeat_0.json").read_text())
   assert beat["step"] == 0 and beat["pid"]
 

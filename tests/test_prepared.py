@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from alignx_jax.experiments import experiment as experiments
 from alignx_jax.experiments.measuring import measure
 from alignx_jax.personas.persona import Persona, UserComment
 from alignx_jax.personas.simulator import simulate_record
+from alignx_jax.training.checkpoints import Checkpoints
+from alignx_jax.training.monitor import Monitor
 from alignx_jax.training.reference import cache_key
 from configs import base
 
@@ -173,3 +176,31 @@ def test_a_shard_that_vanished_or_is_damaged_is_named(directory, tmp_path, harm)
   harm(shards[0])
   with pytest.raises(OSError, match=r"Record \d+ of the split 'train' in .*set cannot be read"):
     list(open_prepared(str(copy))["train"])
+
+
+def test_a_shard_that_vanishes_in_a_run_stops_it_and_nothing_is_lost(
+  directory, config, tmp_path, monkeypatch
+):
+  config.train.checkpoint_every = 1
+  run = lambda workdir: experiments.run_training(experiments.load_experiment(config), workdir)
+  whole = run(tmp_path / "whole")
+  config.data.path = str(shutil.copytree(directory, tmp_path / "set"))
+  report = Monitor.report
+
+  def vanish(self, pending):
+    if pending.step == 2:
+      for shard in Path(config.data.path).glob("*-train.array_record-*"):
+        os.truncate(shard, 0)  # it is open: its name alone would not be missed
+    return report(self, pending)
+
+  config.train.may_differ = ("data.path",)
+  with monkeypatch.context() as patch:
+    patch.setattr(Monitor, "report", vanish)
+    with pytest.raises(OSError, match=r"Record \d+ of the split 'train' in .*set cannot be read"):
+      run(tmp_path / "cut")
+  assert 2 <= Checkpoints(tmp_path / "cut", keep=2).steps()[-1] < whole.steps
+  config.data.path = directory
+  again = run(tmp_path / "cut")
+  assert again.steps == whole.steps > 4
+  for x, y in zip(jax.tree.leaves(again.params), jax.tree.leaves(whole.params), strict=True):
+    np.testing.assert_array_equal(x, y)

@@ -185,7 +185,7 @@ def run_training(
     experiment.config,
     workdir,
     model=experiment.model,
-    params=experiment.load_base(),
+    load=experiment.load_base,
     mesh=experiment.mesh,
     loader=training_loader(experiment),
     evaluate=evaluate,
@@ -261,8 +261,8 @@ def trained_params(experiment: Experiment, workdir: Path) -> nnx.State:
   return restored_params(dataclasses.replace(experiment, workdir=workdir))
 
 
-def restored_params(experiment: Experiment) -> nnx.State:
-  """All parameters of the newest good checkpoint of an experiment's workdir.
+def restored_params(experiment: Experiment, step: int | None = None) -> nnx.State:
+  """All parameters of the newest good checkpoint of an experiment's workdir, or of a step's.
 
   Raises:
     FileNotFoundError: there is none.
@@ -278,7 +278,10 @@ def restored_params(experiment: Experiment) -> nnx.State:
     base = experiment.load_base() if bridge.start else load()
     frozen = split_trainable(base, bridge_alone=bridge.alone)[1]
     del base  # room for what is restored
-  trained = checkpoints.newest_params(trained).state
+  found = checkpoints.newest_params(trained, only=step)
+  if found is None:
+    raise FileNotFoundError(f"{experiment.workdir} has no checkpoint of step {step} any more.")
+  trained = found.state
   checkpoints.close()
   return nnx.merge_state(trained, frozen)
 

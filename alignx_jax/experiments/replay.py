@@ -25,12 +25,13 @@ from alignx_jax.training.steps import mean_gradient
 def replay(experiment: Experiment, workdir: Path, file: str) -> str:
   """Loss and gradient of each row of the batches that a replay file names, in one process.
 
-  A run that gives up writes the file and saves its state, which none of these steps changed.
+  A run that gives up writes the file and saves its state, which none of these steps changed: it
+  is looked at by that, wherever the run went on to.
 
   Returns:
     A line for each row, with its examples; then the parameters whose gradient is not finite.
   Raises:
-    FileNotFoundError: there is no such file, or no checkpoint.
+    FileNotFoundError: there is no such file, or its checkpoint is not kept any more.
     ValueError: another config made the run.
   """
   body = json.loads(as_path(file).read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ def replay(experiment: Experiment, workdir: Path, file: str) -> str:
     loader.reference = cached_reference(log_probs, loader, directory, weights)
     del log_probs
   del base  # room for what is restored
-  params = restored_params(experiment)
+  params = restored_params(experiment, body["checkpoint"])
   trained, frozen = split_trainable(params, bridge_alone=config.bridge.alone)
   beside = objective_beside(config, experiment.model, loader, body["steps"])
 

@@ -237,9 +237,10 @@ def novel_preferences(config, workdir: Path) -> Findings:
     one = dataclasses.replace(experiment, train=examples, validation=[], test=test)
     one = one.with_objective(objective, bridge=bridge, fields=config.study[study.policy])
     one = one.with_objective(objective, bridge=bridge, fields=fields)
-    params = start() if start else one.load_base()
     loader, options = experiments.training_loader(one), {"model": one.model, "mesh": one.mesh}
-    result = train(one.config, workdir / name, params=params, loader=loader, **options)
+    result = train(
+      one.config, workdir / name, load=start or one.load_base, loader=loader, **options
+    )
     return dataclasses.replace(one, workdir=workdir / name), result.params
 
   evaluated = dataclasses.replace(experiment, test=test).with_objective(objective, bridge=bridge)

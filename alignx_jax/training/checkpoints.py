@@ -119,9 +119,10 @@ class Checkpoints:
         check(body["run"])
         return
 
-  def newest_params(self, params) -> Restored | None:
+  def newest_params(self, params, *, only: int | None = None) -> Restored | None:
     """Likewise, the parameters alone; what is damaged is left where it is."""
-    found = self._newest(self.steps(), {"params": params}, lambda run: None, aside=False)
+    steps = [step for step in self.steps() if only in (None, step)]
+    found = self._newest(steps, {"params": params}, lambda run: None, aside=False)
     return found and found._replace(state=found.state["params"])
 
   def _newest(self, steps, like, check, *, aside):
@@ -200,6 +201,13 @@ class Checkpoints:
       source.rename(target)
     hosts.all_true(True)  # all see it gone
     self._manager.reload()
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether JAX has noticed that a host is to go, and this is the step all are to save.
+
+    Several processes call it at each step. A signal that StopRequest takes JAX does not see.
+    """
+    return self._manager.reached_preemption(step)
 
   def close(self) -> None:
     """Waits for saves under way.

@@ -1,8 +1,13 @@
 """Several processes that act as one: who reads which rows, and what all must agree on."""
 
+import atexit
 import hashlib
 import itertools
 import os
+import signal
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -10,33 +15,45 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from alignx_jax.data.rows import Rows
+from alignx_jax.training.rendezvous import meet
 
 
-def connect() -> None:
+def connect(seconds: float = 300.0) -> None:
   """Joins the processes of a run, before JAX is used otherwise.
 
   On TPU pods, Slurm and other clusters that JAX knows nothing need be set. Elsewhere each
   process is told by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
   JAX_PROCESS_ID. Where JAX finds no cluster either, the process is alone.
 
+  Args:
+    seconds: that processes wait for one another.
   Raises:
     ValueError: some of the three are set, not all.
+    RuntimeError: some did not come in time; names them.
   """
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   given = {name: os.environ[name] for name in names if name in os.environ}
   if len(given) == len(names):
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     address, count, index = given.values()
-    jax.distributed.initialize(address, int(count), int(index))
+    place = address, int(count), int(index)
   elif given:
     missing = ", ".join(sorted(set(names) - set(given)))
     raise ValueError(f"{', '.join(given)} is set and {missing} is not; set all three or none.")
   else:
-    try:
-      jax.distributed.initialize()
-    except ValueError as error:
-      if "coordinator_address should be defined" not in str(error):
-        raise  # a cluster that JAX could not make out
+    from jax._src.clusters import ClusterEnv  # no public way to what it would join
+
+    nothing = [None] * 5
+    place = ClusterEnv.auto_detect_unset_distributed_params(*nothing, round(seconds))[:3]
+    if place[0] is None:
+      return
+  if None not in place:  # else it is a cluster that JAX cannot make out, which it says
+    meet(*place, seconds)
+  if given:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(*place, initialization_timeout=round(seconds))
+  if threading.current_thread() is threading.main_thread():
+    # JAX keeps SIGTERM for who asks. Until training asks, it ends the process: nothing is lost.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_first() -> bool:
@@ -118,7 +135,7 @@ def barrier(name: str, seconds: float) -> None:
   """Waits for all processes.
 
   Raises:
-    RuntimeError: some did not come in time; names them.
+    RuntimeError: some did not come in time; names them. The process then ends without them.
   """
   count = jax.process_count()
   if count == 1:
@@ -133,7 +150,32 @@ def barrier(name: str, seconds: float) -> None:
   except Exception as error:
     here = {path.rsplit("/", 1)[1] for path, _ in client.key_value_dir_get(f"{key}/")}
     missing = [str(index) for index in range(count) if str(index) not in here]
+    atexit.register(_end)
     raise RuntimeError(
       f"Waited {seconds:.0f} s at {name!r} for process {', '.join(missing) or '?'} of {count}: "
       "see its log; start all processes again."
     ) from error
+
+
+def wait(arrays, name: str, seconds: float) -> None:
+  """Waits for arrays that all processes compute together.
+
+  Raises:
+    RuntimeError: they did not come in time; names the processes that do not wait for them.
+  """
+  if jax.process_count() == 1:
+    return
+  deadline = time.monotonic() + seconds
+  while not all(array.is_ready() for array in jax.tree.leaves(arrays)):
+    if time.monotonic() > deadline:
+      barrier(name, seconds)
+      atexit.register(_end)
+      raise RuntimeError(f"Waited {2 * seconds:.0f} s at {name!r}, where all processes are.")
+    time.sleep(1e-3)
+
+
+def _end() -> None:
+  """Ends a program that has failed at once: JAX would wait for the missing once more."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(1)

@@ -1,6 +1,8 @@
 """The training loop: mesh, model, data, reference, step, checkpoints; top to bottom."""
 
 import contextlib
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +12,7 @@ from absl import logging
 from flax import nnx
 
 from alignx_jax.data.loader import PACKING, Loader
-from alignx_jax.files import as_path, write_text
+from alignx_jax.files import as_path, is_remote, write_text
 from alignx_jax.models.decoder import Decoder
 from alignx_jax.models.lora import split_trainable
 from alignx_jax.objectives.groups import GroupObjective
@@ -32,7 +34,12 @@ from alignx_jax.training.reference import (
   counted_steps,
   fingerprint,
 )
-from alignx_jax.training.run_config import check_config, run_record, save_run_config
+from alignx_jax.training.run_config import (
+  check_config,
+  code_version,
+  run_record,
+  save_run_config,
+)
 from alignx_jax.training.steps import count_dimensions, has_latent, make_steps
 from alignx_jax.training.stopping import EXIT_CODE, StopRequest, any_host
 from alignx_jax.training.workdir import in_use
@@ -50,7 +57,7 @@ def train(
   workdir: str | Path,
   *,
   model: Decoder,
-  params: nnx.State,
+  load: Callable[[], nnx.State],
   mesh,
   loader: Loader,
   evaluate: Callable[[nnx.State], float] | None = None,
@@ -64,7 +71,8 @@ def train(
     workdir: gets checkpoints, metrics.jsonl and TensorBoard files. The same call again
       goes on from the newest good checkpoint.
     model: shapes alone.
-    params: the start of the policy, and the frozen reference; they are given away.
+    load: gives the parameters of the policy's start, and of the frozen reference; called once
+      the workdir is held and all hosts agree.
     mesh: on which the parameters lie.
     evaluate: all parameters to alignment accuracy, every `eval.every` steps.
     ideal_seconds: see Monitor.
@@ -72,33 +80,51 @@ def train(
     ValueError: the workdir holds a run of another config; or the data gives too few steps.
     FloatingPointError: steps in a row are not finite; names them and the examples.
     OSError: the workdir cannot be written to, or a live run writes to it.
+    RuntimeError: another process did not come in time, or to a step; names it.
     SystemExit: asked to stop by SIGTERM or Ctrl-C; the state is saved.
   """
+  began = time.perf_counter()
   with in_use(workdir):
-    return _train(config, as_path(workdir), model, params, mesh, loader, evaluate, ideal_seconds)
+    return _train(
+      config, as_path(workdir), model, load, mesh, loader, evaluate, ideal_seconds, began
+    )
 
 
-def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds) -> TrainResult:
-  hosts.barrier("start", config.train.barrier_seconds)
+def _train(
+  config, workdir, model, load, mesh, loader, evaluate, ideal_seconds, began
+) -> TrainResult:
+  patience = config.train.barrier_seconds
+  hosts.barrier("start", patience)
+  if jax.process_count() > 1:
+    hosts.check_same(
+      {
+        "config": repr(config.to_dict()),
+        "code": code_version(),
+        "data, tokenizer and prompts": cache_key(loader, model, ""),
+        "mesh": repr(dict(mesh.shape)),
+      }
+    )
 
   # ------------------------------------------------------------------ reference and data
+  params = load()
   log_probs = LogProbs(model, params, mesh, loader.rows, config.train.head_chunk)
   weights = fingerprint(params)
   key = cache_key(loader, model, weights)
   run_key = f"{key}-{PACKING}"
   record = run_record(config, run_key, loader.formatting)
-  hosts.check_same(
-    {
-      "config": repr(config.to_dict()),
-      "code": record["version"],
-      "data, tokenizer and base model": run_key,
-      "mesh": repr(dict(mesh.shape)),
-    }
-  )
   checkpoints = Checkpoints(
     workdir, keep=config.train.keep_checkpoints, every=config.train.keep_every
   )
-  check = lambda run: check_config(config, run["config"], str(workdir), run_key)
+  source = _absolute(config.train.restore)
+
+  def check(run, where=workdir):
+    check_config(config, run["config"], str(where), run_key)
+    if source and where is workdir and run["restored"] != source:
+      raise ValueError(
+        f"config.train.restore is {source}, and {workdir} has a run that did not begin there; use "
+        "another --workdir, or leave it out to go on with that run."
+      )
+
   checkpoints.check_newest(check)  # before the reference is paid for
   directory = config.reference.directory or workdir / "reference"
   if reference_kind(config) == "cached":
@@ -132,7 +158,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
   del params
 
   # ------------------------------------------------------------------ resume
-  restored = _restore(config.train.restore, checkpoints, programs.state, check)
+  restored = _restore(source, checkpoints, programs.state, check)
   lanes_BW, first = loader.start(), 0
   if restored:
     del trained  # room for the state
@@ -152,7 +178,8 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
       write_text(workdir / SPACE, loader.formatting.space_of_bridge.to_json())
   lanes_BW = lanes_BW[own]
   batches = loader.batches(lanes_BW, endless=True)
-  record |= {"restored": config.train.restore}
+  # Where the run began, for all its checkpoints, whether or not the command still says so.
+  record |= {"restored": source or (restored.run["restored"] if restored else "")}
 
   # ------------------------------------------------------------------ loop
   with contextlib.ExitStack() as stack:
@@ -167,6 +194,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
       ideal_seconds=ideal_seconds,
       fingerprint=run_key,
       gather=gather,
+      began=began,
     )
     stack.callback(monitor.close)
     stack.enter_context(jax.set_mesh(mesh))
@@ -178,6 +206,7 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
     profile_from, profile_to = config.train.profile
 
     def save(done, accuracy=None):
+      hosts.barrier(f"the checkpoint of step {done}", patience)
       with monitor.spending("checkpoint"), jax.transfer_guard_device_to_host("allow"):
         run = record | {"lanes": lanes_to_json(gather(lanes_BW))}
         checkpoints.save(done, state, run, accuracy=accuracy)
@@ -185,12 +214,14 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
       monitor.sync()
 
     def report(pending, done):
+      hosts.wait(pending.metrics, f"step {pending.step}", patience)
       try:
         return monitor.report(pending)
       except FloatingPointError:
-        save(done)  # what is to be replayed with
+        save(done)  # what is to be replayed with: no step after the bad ones was begun
         raise
 
+    hosts.barrier("the first step", patience)
     for step in range(first, steps):
       if step == profile_from < profile_to:
         jax.profiler.start_trace(str(monitor.directory / "profile"))
@@ -198,16 +229,18 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
         before_BW = lanes_BW
         rows, lanes_BW = next(batches)
         arrays = hosts.to_devices(rows, rows_sharding, loader.rows)
-      state, metrics = programs.train(state, frozen, arrays)
+      with monitor.spending("setup") if step == first else contextlib.nullcontext():
+        state, metrics = programs.train(state, frozen, arrays)  # the first time compiles it
       started = Pending(step, rows, before_BW, metrics, asked_anywhere(request.asked))
       # Read the step before this one, while this one runs.
       if pending is not None:
         stop = report(pending, step + 1)
       pending, done, accuracy = started, step + 1, None
       stop = stop or (alone and request.asked)  # several hosts stop at the same step
+      stop = checkpoints.reached_preemption(done) or stop
       evaluated = evaluate and config.eval.every and done % config.eval.every == 0
       saved = stop or done == steps or done % config.train.checkpoint_every == 0 or evaluated
-      if saved:
+      if saved or monitor.may_give_up:
         stop = report(pending, done) or stop
         pending = None
       if evaluated and not stop:
@@ -226,32 +259,37 @@ def _train(config, workdir, model, params, mesh, loader, evaluate, ideal_seconds
           step=done,
         )
         raise SystemExit(EXIT_CODE)
-    monitor.log.write("end", step=steps, skipped=monitor.skipped)
+    monitor.log.write("end", step=steps, skipped=monitor.skipped, **monitor.totals())
   return TrainResult(nnx.merge_state(state.params, frozen), steps)
 
 
-def _restore(path: str, checkpoints: Checkpoints, state, check) -> Restored | None:
-  """What a run goes on from; None for the base model's weights, or random ones by its config.
+def _restore(source: str, checkpoints: Checkpoints, state, check) -> Restored | None:
+  """What a run goes on from, the first there is of these:
 
-  1. config.train.restore: a workdir, or one of its checkpoints, where this one has none yet;
-  2. the newest good checkpoint of this workdir.
+  1. `source`, config.train.restore: a checkpoint, or of a workdir the newest good one. It counts
+     until this workdir has a checkpoint of the run that began there: the same command again goes
+     on with that one. A workdir with a run that began elsewhere is refused (`check`), not
+     overwritten;
+  2. the newest good checkpoint of this workdir;
+  3. None: the weights of config.model, pretrained or, of a preset, fresh.
   """
   own = checkpoints.newest(state, check)
-  if not path:
+  if own or not source:
     return own
-  if own:
-    if own.run["restored"] == path:
-      return own
-    raise ValueError(
-      f"config.train.restore is {path!r}, but this workdir has a run that began otherwise; use "
-      "another --workdir."
-    )
-  source, step = as_path(path), None
-  if source.parent.name == "checkpoints" and source.name.isdigit():
-    source, step = source.parents[1], int(source.name)
+  directory, step = as_path(source), None
+  if directory.parent.name == "checkpoints" and directory.name.isdigit():
+    directory, step = directory.parents[1], int(directory.name)
   found = None
-  if (source / "checkpoints").is_dir():
-    found = Checkpoints(source, keep=1).newest(state, check, only=step, keep_damaged=True)
+  if (directory / "checkpoints").is_dir():
+    check_source = lambda run: check(run, directory)
+    others = Checkpoints(directory, keep=1)
+    found = others.newest(state, check_source, only=step, keep_damaged=True)
+    others.close()
   if found is None:
-    raise FileNotFoundError(f"config.train.restore: there is no checkpoint at {path}.")
+    raise FileNotFoundError(f"config.train.restore: there is no checkpoint at {source}.")
   return found
+
+
+def _absolute(path: str) -> str:
+  """A path as it is the same from any directory."""
+  return path if not path or is_remote(path) else os.path.abspath(path)

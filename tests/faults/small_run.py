@@ -1,14 +1,16 @@
 """A small run that writes down which examples each step had, for tests of what runs survive.
 
-  python -m tests.faults.small_run --config=configs/base.py --workdir=DIR … [--stop_at=STEP]
+  python -m tests.faults.small_run --config=configs/base.py --workdir=DIR … [--stop_at=STEP] [--in_thread]
 
 Appends {"step", "examples", "loss"} to DIR/consumed_PROCESS.jsonl, the loss as hexadecimal
-digits: equal means bit for bit. With --stop_at the last process gets SIGTERM at that step.
+digits: equal means bit for bit. With --stop_at the last process gets SIGTERM at that step. In a
+thread Python sees no signals.
 """
 
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -24,10 +26,12 @@ from alignx_jax.training.stopping import EXIT_CODE
 flags.adopt_module_key_flags(command_line)
 _STOP_AT = flags.DEFINE_integer("stop_at", None, "The step at which a process gets SIGTERM.")
 
+_IN_THREAD = flags.DEFINE_bool("in_thread", False, "Not in the main thread.")
+
 
 def run(config, workdir: Path, *, stop_at: int | None = None) -> None:
   """Trains, as one of the processes that the environment says."""
-  hosts.connect()
+  hosts.connect(config.train.barrier_seconds)
   report = Monitor.report
 
   def recorded(self, pending):
@@ -49,7 +53,12 @@ def run(config, workdir: Path, *, stop_at: int | None = None) -> None:
 
 
 def main(config, workdir):
-  run(config, workdir, stop_at=_STOP_AT.value)
+  if not _IN_THREAD.value:
+    run(config, workdir, stop_at=_STOP_AT.value)
+    return
+  thread = threading.Thread(target=lambda: run(config, workdir, stop_at=_STOP_AT.value))
+  thread.start()
+  thread.join()
 
 
 if __name__ == "__main__":
