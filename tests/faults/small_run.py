@@ -1,6 +1,7 @@
 """A small run that writes down which examples each step had, for tests of what runs survive.
 
-  python -m tests.faults.small_run --config=configs/base.py --workdir=DIR … [--stop_at=STEP] [--in_thread]
+  python -m tests.faults.small_run --config=configs/base.py --workdir=DIR …
+    [--stop_at=STEP] [--in_thread]
 
 Appends {"step", "examples", "loss"} to DIR/consumed_PROCESS.jsonl, the loss as hexadecimal
 digits: equal means bit for bit. With --stop_at the last process gets SIGTERM at that step. In a
