@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -345,9 +347,34 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path, data, mo
     np.testing.assert_array_equal(x, y)
 
 
-def test_a_second_signal_is_not_kept():
-  import signal
+@pytest.mark.slow
+def test_the_command_ends_in_time_with_its_code_and_the_same_command_goes_on(tmp_path, data):
+  command = data, tmp_path, "--config.train.epochs=40", "--config.train.checkpoint_every=999"
+  process = start(*command)
+  deadline = time.monotonic() + 200
+  while len(read_metrics(tmp_path)) < 3:
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+  since = time.monotonic()
+  process.send_signal(signal.SIGTERM)
+  error = process.communicate(timeout=120)[1]
+  seconds = time.monotonic() - since
+  assert process.returncode == EXIT_CODE == 75, error[-3000:]
+  assert seconds < 30
+  (saved,) = Checkpoints(tmp_path, keep=1).steps()
+  assert f"saved after {saved} of " in error and 3 <= saved < 240
+  process = start(*command)
+  error = process.communicate(timeout=300)[1]
+  assert process.returncode == 0, error[-3000:]
+  steps = [line["step"] for line in read_metrics(tmp_path)]
+  assert steps == list(range(len(steps))) and len(steps) > saved
+  log = (tmp_path / "logs/host_0.jsonl").read_text().splitlines()
+  starts = [line["step"] for line in map(json.loads, log) if line["event"] == "start"]
+  assert starts == [0, saved]
+  print(f"ended {seconds:.1f} s after the signal, at step {saved} of {len(steps)}")
 
+
+def test_a_second_signal_is_not_kept():
   from alignx_jax.training.stopping import StopRequest
 
   before = signal.getsignal(signal.SIGTERM)

@@ -14,6 +14,7 @@ from alignx_jax.experiments import loading
 from alignx_jax.personas import prompts
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training import optimizer, reference
+from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import read_metrics
 from configs import base
 from tests.small_records import small_config, small_record, write_small_records
@@ -57,6 +58,54 @@ def test_resumed_equals_uninterrupted(config, tmp_path, killed_at):
   _assert_equal(whole.params, resumed.params)
   assert [line["step"] for line in lines] == list(range(whole.steps))
   assert [line["loss"] for line in lines] == [line["loss"] for line in whole_lines]
+
+
+def test_a_run_begins_at_the_checkpoint_it_is_told_and_goes_on_from_its_own(
+  config, tmp_path, killed_at
+):
+  whole, whole_lines = _run(config, tmp_path / "whole")
+  config.train.restore = str(tmp_path / "whole/checkpoints/4")
+  with killed_at(5):
+    _run(config, tmp_path / "killed_early")  # before it has a checkpoint of its own
+  assert not Checkpoints(tmp_path / "killed_early", keep=1).steps()
+  config.train.checkpoint_every = 1
+  with killed_at(5):
+    _run(config, tmp_path / "other")
+  assert Checkpoints(tmp_path / "other", keep=1).steps() == [5]
+  for workdir in ("killed_early", "other"):
+    if workdir == "other":
+      (tmp_path / "whole").rename(tmp_path / "away")  # it is not read any more
+    again, lines = _run(config, tmp_path / workdir)
+    _assert_equal(whole.params, again.params)
+    assert [line["step"] for line in lines] == [4, 5]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in whole_lines[4:]]
+  for restore in ("", config.train.restore):  # it stays the run that began there
+    config.train.restore = restore
+    again, _ = _run(config, tmp_path / "other")
+    _assert_equal(whole.params, again.params)
+
+
+def test_of_a_workdir_the_newest_good_checkpoint_is_begun_with(config, tmp_path, caplog):
+  _, whole_lines = _run(config, tmp_path / "whole")
+  (tmp_path / "whole/checkpoints/6/run/metadata").write_text("{")
+  config.train.restore = str(tmp_path / "whole")
+  _, lines = _run(config, tmp_path / "other")
+  assert "step 6 is damaged" in caplog.text
+  assert (tmp_path / "whole/checkpoints/6").exists()  # another run's: left as it is
+  assert [line["loss"] for line in lines] == [line["loss"] for line in whole_lines[4:]]
+
+
+def test_a_run_that_began_elsewhere_is_not_overwritten_by_one_to_restore(config, tmp_path):
+  _run(config, tmp_path / "whole")
+  _, lines = _run(config, tmp_path / "other")
+  config.train.restore = str(tmp_path / "whole/checkpoints/4")
+  with pytest.raises(ValueError, match="did not begin there; use another --workdir, or leave"):
+    _run(config, tmp_path / "other")
+  config.train.restore = ""
+  assert _run(config, tmp_path / "other")[1] == lines
+  config.train.restore = str(tmp_path / "whole/checkpoints/3")
+  with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*whole/checkpoints/3"):
+    _run(config, tmp_path / "new")
 
 
 def test_a_finished_run_again_changes_nothing(config, tmp_path):
