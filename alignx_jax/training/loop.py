@@ -252,7 +252,7 @@ def _train(
       if step + 1 == profile_to > profile_from:
         jax.block_until_ready(state.step)
         jax.profiler.stop_trace()
-      if stop and done < steps:
+      if saved and stop and done < steps:
         monitor.log.warn(
           "stopped",
           f"Asked to stop: saved after {done} of {steps} steps. The same command goes on.",
