@@ -149,7 +149,7 @@ def get_config() -> ConfigDict:
   config.train.keep_checkpoints = 2
   config.train.keep_every = 0  # 0: none
   # Where a new run begins instead of the model's weights: the workdir of another, or a
-  # checkpoint in it; with its optimizer and its place in the data.
+  # checkpoint in it; with its optimizer and its place in the data (training/loop.py).
   config.train.restore = ""
   config.train.may_differ = ()  # fields that may, from the run that is gone on with
   config.train.stop_after_skipped = 3  # steps in a row that are not finite

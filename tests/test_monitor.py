@@ -267,7 +267,7 @@ hosts.connect()
 hosts.barrier("start", 60)
 mine = str(jax.process_index() // {divisor})
 try:
-  hosts.check_same({{"mesh": "m", "config": mine, "data": "d"}})
+  hosts.check_same(lambda: {{"mesh": "m", "config": mine, "data": "d"}})
   print("same")
 except ValueError as error:
   print(error)

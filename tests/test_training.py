@@ -12,10 +12,12 @@ from flax import nnx
 from alignx_jax.experiments import experiment as experiments
 from alignx_jax.experiments import loading
 from alignx_jax.personas import prompts
+from alignx_jax.training import hosts
 from alignx_jax.training import mesh as meshes
 from alignx_jax.training import optimizer, reference
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import read_metrics
+from alignx_jax.training.workdir import held
 from configs import base
 from tests.small_records import small_config, small_record, write_small_records
 
@@ -216,6 +218,23 @@ def test_a_run_is_not_resumed_with_other_records(config, tmp_path):
   config.objective.beta = 0.5
   config.train.may_differ = ("objective.beta", "fingerprint")
   assert _run(config, tmp_path / "run")[0].steps
+
+
+def test_nothing_is_loaded_before_all_hosts_agree_and_the_workdir_is_held(
+  config, tmp_path, monkeypatch
+):
+  experiment = experiments.load_experiment(config)
+  monkeypatch.setattr(experiments, "load_params", lambda *_, **__: pytest.fail("loaded"))
+  with held(tmp_path / "run"), pytest.raises(OSError, match="is in use"):
+    experiments.run_training(experiment, tmp_path / "run")
+
+  def differ(values):
+    assert {"config", "code", "mesh"} < values().keys()
+    raise ValueError("hosts differ")
+
+  monkeypatch.setattr(hosts, "check_same", differ)
+  with pytest.raises(ValueError, match="hosts differ"):
+    experiments.run_training(experiment, tmp_path / "run")
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_may_start_over(config, tmp_path):

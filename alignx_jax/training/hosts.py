@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -105,20 +106,23 @@ def largest(value: int) -> int:
   return int(np.max(multihost_utils.process_allgather(np.array(value))))
 
 
-def check_same(values: dict[str, str]) -> None:
+def check_same(values: Callable[[], dict[str, str]]) -> None:
   """Compares what every process has of each name; all processes must call.
 
+  Args:
+    values: called where there are several.
   Raises:
     ValueError: some differ; names what, and the processes that differ from the first.
   """
   if jax.process_count() == 1:
     return
-  digests = [list(hashlib.sha256(value.encode()).digest()) for value in values.values()]
+  found = values()
+  digests = [list(hashlib.sha256(value.encode()).digest()) for value in found.values()]
   all_HNB = np.asarray(multihost_utils.process_allgather(np.array(digests, np.uint8)))
   differ_HN = (all_HNB != all_HNB[:1]).any(axis=-1)
   wrong = [
     f"{name} (process {', '.join(map(str, np.flatnonzero(differ_H)))})"
-    for name, differ_H in zip(values, differ_HN.T, strict=True)
+    for name, differ_H in zip(found, differ_HN.T, strict=True)
     if differ_H.any()
   ]
   if wrong:

@@ -95,15 +95,14 @@ def _train(
 ) -> TrainResult:
   patience = config.train.barrier_seconds
   hosts.barrier("start", patience)
-  if jax.process_count() > 1:
-    hosts.check_same(
-      {
-        "config": repr(config.to_dict()),
-        "code": code_version(),
-        "data, tokenizer and prompts": cache_key(loader, model, ""),
-        "mesh": repr(dict(mesh.shape)),
-      }
-    )
+  hosts.check_same(
+    lambda: {
+      "config": repr(config.to_dict()),
+      "code": code_version(),
+      "data, tokenizer and prompts": cache_key(loader, model, ""),
+      "mesh": repr(dict(mesh.shape)),
+    }
+  )
 
   # ------------------------------------------------------------------ reference and data
   params = load()
