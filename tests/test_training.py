@@ -12,9 +12,8 @@ from flax import nnx
 from alignx_jax.experiments import experiment as experiments
 from alignx_jax.experiments import loading
 from alignx_jax.personas import prompts
-from alignx_jax.training import hosts
+from alignx_jax.training import hosts, optimizer, reference
 from alignx_jax.training import mesh as meshes
-from alignx_jax.training import optimizer, reference
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import read_metrics
 from alignx_jax.training.workdir import held
