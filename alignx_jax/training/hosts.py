@@ -132,7 +132,7 @@ def check_same(values: Callable[[], dict[str, str]]) -> None:
     )
 
 
-_BARRIERS = itertools.count()  # a name is used once
+_PLACES = itertools.count()  # where processes wait for one another; a name is used once
 
 
 def barrier(name: str, seconds: float) -> None:
@@ -141,45 +141,61 @@ def barrier(name: str, seconds: float) -> None:
   Raises:
     RuntimeError: some did not come in time; names them. The process then ends without them.
   """
-  count = jax.process_count()
-  if count == 1:
+  if jax.process_count() == 1:
     return
-  from jax._src.distributed import global_state  # no public way to a barrier with a time-out
-
-  client = global_state.client
-  key = f"alignx_jax/{name}/{next(_BARRIERS)}"
-  client.key_value_set(f"{key}/{jax.process_index()}", "here")
+  place = _Place(name)
+  place.come()
   try:
-    client.wait_at_barrier(key, timeout_in_ms=round(1000 * seconds))
+    place.client.wait_at_barrier(place.key, timeout_in_ms=round(1000 * seconds))
   except Exception as error:
-    here = {path.rsplit("/", 1)[1] for path, _ in client.key_value_dir_get(f"{key}/")}
-    missing = [str(index) for index in range(count) if str(index) not in here]
-    atexit.register(_end)
-    raise RuntimeError(
-      f"Waited {seconds:.0f} s at {name!r} for process {', '.join(missing) or '?'} of {count}: "
-      "see its log; start all processes again."
-    ) from error
+    raise place.deserted(seconds) from error
 
 
 def wait(arrays, name: str, seconds: float) -> None:
-  """Waits for arrays that all processes compute together.
+  """Waits for arrays that all processes compute together, as long as all wait for them.
 
   Raises:
-    RuntimeError: they did not come in time; names the processes that do not wait for them.
+    RuntimeError: after twice the time some do not wait; names them, as `barrier` does.
   """
   if jax.process_count() == 1:
     return
-  deadline = time.monotonic() + seconds
+  place, until, came = _Place(name), time.monotonic() + seconds, False
   while not all(array.is_ready() for array in jax.tree.leaves(arrays)):
-    if time.monotonic() > deadline:
-      barrier(name, seconds)
-      atexit.register(_end)
-      raise RuntimeError(f"Waited {2 * seconds:.0f} s at {name!r}, where all processes are.")
+    if time.monotonic() > until:
+      if came and place.missing():
+        raise place.deserted(2 * seconds)
+      place.come()
+      until, came = time.monotonic() + seconds, True
     time.sleep(1e-3)
 
 
+class _Place:
+  """Where processes come to, known to all through the first of them."""
+
+  def __init__(self, name: str):
+    from jax._src.distributed import global_state  # no public way to a barrier with a time-out
+
+    self.client, self._name = global_state.client, name
+    self.key = f"alignx_jax/{name}/{next(_PLACES)}"
+
+  def come(self) -> None:
+    self.client.key_value_set(f"{self.key}/{jax.process_index()}", "here", allow_overwrite=True)
+
+  def missing(self) -> list[str]:
+    """The processes that have not come."""
+    here = {path.rsplit("/", 1)[1] for path, _ in self.client.key_value_dir_get(f"{self.key}/")}
+    return [str(index) for index in range(jax.process_count()) if str(index) not in here]
+
+  def deserted(self, seconds: float) -> RuntimeError:
+    """What to raise; JAX would wait for the missing once more, so the program ends at its end."""
+    atexit.register(_end)
+    return RuntimeError(
+      f"Waited {seconds:.0f} s at {self._name!r} for process {', '.join(self.missing()) or '?'} of "
+      f"{jax.process_count()}: see its log; start all processes again."
+    )
+
+
 def _end() -> None:
-  """Ends a program that has failed at once: JAX would wait for the missing once more."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(1)
