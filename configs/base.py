@@ -152,7 +152,7 @@ def get_config() -> ConfigDict:
   # checkpoint in it; with its optimizer and its place in the data (training/loop.py).
   config.train.restore = ""
   config.train.may_differ = ()  # fields that may, from the run that is gone on with
-  config.train.stop_after_skipped = 3  # steps in a row that are not finite
+  config.train.stop_after_skipped = 3  # steps in a row that are not finite; 1: none overlap
   config.train.spike_factor = 10.0  # of the usual gradient norm: then the examples are logged
   config.train.log_text = False  # logs show what users wrote, not only ids of examples
   config.train.profile = (0, 0)  # first step and end of a profiler's window
