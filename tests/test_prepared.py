@@ -26,6 +26,7 @@ from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.monitor import Monitor
 from alignx_jax.training.reference import cache_key
 from configs import base
+from tests.small_records import small_config, write_small_records
 
 SOURCES = {"Reddit": 30, "HelpSteer2": 6}
 
@@ -178,28 +179,30 @@ def test_a_shard_that_vanished_or_is_damaged_is_named(directory, tmp_path, harm)
     list(open_prepared(str(copy))["train"])
 
 
-def test_a_shard_that_vanishes_in_a_run_stops_it_and_nothing_is_lost(
-  directory, config, tmp_path, monkeypatch
-):
+def test_a_shard_that_vanishes_in_a_run_stops_it_and_nothing_is_lost(tmp_path, monkeypatch):
+  records = write_small_records(tmp_path / "records.json")
+  options = get_config("train", validation_share=0.3)
+  prepare([str(records)], tmp_path / "set", options, shard_records=4)
+  config = small_config(tmp_path / "set")
   config.train.checkpoint_every = 1
   run = lambda workdir: experiments.run_training(experiments.load_experiment(config), workdir)
   whole = run(tmp_path / "whole")
-  config.data.path = str(shutil.copytree(directory, tmp_path / "set"))
+  kept = shutil.copytree(tmp_path / "set", tmp_path / "kept")
   report = Monitor.report
 
   def vanish(self, pending):
     if pending.step == 2:
-      for shard in Path(config.data.path).glob("*-train.array_record-*"):
+      for shard in (tmp_path / "set").glob("*-train.array_record-*"):
         os.truncate(shard, 0)  # it is open: its name alone would not be missed
     return report(self, pending)
 
-  config.train.may_differ = ("data.path",)
   with monkeypatch.context() as patch:
     patch.setattr(Monitor, "report", vanish)
     with pytest.raises(OSError, match=r"Record \d+ of the split 'train' in .*set cannot be read"):
       run(tmp_path / "cut")
   assert 2 <= Checkpoints(tmp_path / "cut", keep=2).steps()[-1] < whole.steps
-  config.data.path = directory
+  shutil.rmtree(tmp_path / "set")
+  kept.rename(tmp_path / "set")
   again = run(tmp_path / "cut")
   assert again.steps == whole.steps > 4
   for x, y in zip(jax.tree.leaves(again.params), jax.tree.leaves(whole.params), strict=True):
