@@ -351,20 +351,23 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path, data, mo
 def test_the_command_ends_in_time_with_its_code_and_the_same_command_goes_on(tmp_path, data):
   command = data, tmp_path, "--config.train.epochs=40", "--config.train.checkpoint_every=999"
   process = start(*command)
-  deadline = time.monotonic() + 200
-  while len(read_metrics(tmp_path)) < 3:
-    assert process.poll() is None and time.monotonic() < deadline
-    time.sleep(0.05)
-  since = time.monotonic()
-  process.send_signal(signal.SIGTERM)
-  error = process.communicate(timeout=120)[1]
-  seconds = time.monotonic() - since
+  try:
+    deadline = time.monotonic() + 600
+    while len(read_metrics(tmp_path)) < 3:
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.05)
+    since = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=120)[1]
+    seconds = time.monotonic() - since
+  finally:
+    process.kill()
   assert process.returncode == EXIT_CODE == 75, error[-3000:]
-  assert seconds < 30
+  assert seconds < 30, seconds
   (saved,) = Checkpoints(tmp_path, keep=1).steps()
   assert f"saved after {saved} of " in error and 3 <= saved < 240
   process = start(*command)
-  error = process.communicate(timeout=300)[1]
+  error = process.communicate(timeout=900)[1]
   assert process.returncode == 0, error[-3000:]
   steps = [line["step"] for line in read_metrics(tmp_path)]
   assert steps == list(range(len(steps))) and len(steps) > saved
