@@ -1,6 +1,8 @@
 """What all entry points share: --config and --workdir, and mistakes told in one sentence."""
 
+import hashlib
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,17 +21,21 @@ def run(
   main: Callable[[ConfigDict, Path | None], None] | Callable[[], None],
   *,
   requires: Sequence[str] = ("config", "workdir"),
+  keep_programs: bool = True,
 ) -> None:
   """Parses the command line and calls main(config, workdir).
 
   Args:
     requires: which of the two there are to be; with neither, main() is called.
+    keep_programs: the next start need not compile again what this one did.
 
   What this package raises on purpose (a bad record, a file that is not there, a loss that
   is not finite) ends the program with its message; --verbosity=1 shows where it came
   from. Anything else is a bug and keeps its traceback.
   """
   _use_huge_pages()
+  if keep_programs:
+    _keep_programs()
   flags.mark_flags_as_required(requires)
 
   def call(argv):
@@ -72,6 +78,31 @@ def _use_huge_pages() -> None:
   os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [asked, "glibc.malloc.hugetlb=1"]))
   sys.stdout.flush()
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _keep_programs() -> None:
+  """Has JAX keep compiled programs in the user's cache directory, at most 2 GiB of them.
+
+  JAX's own variables go before: JAX_COMPILATION_CACHE_DIR for another directory, and
+  JAX_ENABLE_COMPILATION_CACHE=false for none. A program for a CPU is code for that CPU's
+  features: computers that differ in these and share a home have directories of their own.
+  """
+  if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return
+  features = platform.machine() + platform.processor()
+  if (info := Path("/proc/cpuinfo")).exists():
+    lines = info.read_text().splitlines()
+    features += next((line for line in lines if line.lower().startswith(("flags", "feat"))), "")
+  cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+  digest = hashlib.sha256(features.encode()).hexdigest()[:12]
+  directory = cache / "alignx_jax" / f"programs-{digest}"
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError:  # no home to write to: compile anew
+    return
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+  os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def _parse(argv):

@@ -42,4 +42,4 @@ def main(config, workdir):
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(main, keep_programs=False)  # trials share those in DIR

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from alignx_jax import command_line
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
   path.stem for path in ROOT.glob("alignx_jax/*.py") if "command_line.run(" in path.read_text()
@@ -58,6 +60,37 @@ def test_arrays_lie_in_huge_pages():
   env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.check=0"}
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
   assert done.stdout == "glibc.malloc.check=0:glibc.malloc.hugetlb=1\n", done.stderr
+
+
+def _kept_programs(monkeypatch, **variables):
+  """Where a command keeps compiled programs, given these environment variables alone."""
+  for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE", "XDG_CACHE_HOME"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, str(value))
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "environ", dict(os.environ))
+    command_line._keep_programs()
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR")
+
+
+def test_programs_are_kept_for_the_next_start_on_the_same_kind_of_cpu(tmp_path, monkeypatch):
+  kept = Path(_kept_programs(monkeypatch, XDG_CACHE_HOME=tmp_path))
+  assert kept.is_dir() and kept.parent == tmp_path / "alignx_jax"
+  assert Path(_kept_programs(monkeypatch, XDG_CACHE_HOME=tmp_path)) == kept
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, "read_text", lambda self: "flags\t\t: fpu sse avx2\n")
+    other = Path(_kept_programs(monkeypatch, XDG_CACHE_HOME=tmp_path))
+  assert other != kept and other.parent == kept.parent
+
+
+def test_programs_are_kept_where_jax_is_told_or_nowhere(tmp_path, monkeypatch):
+  told = str(tmp_path / "told")
+  given = {"XDG_CACHE_HOME": tmp_path, "JAX_COMPILATION_CACHE_DIR": told}
+  assert _kept_programs(monkeypatch, **given) == told
+  (tmp_path / "file").touch()
+  assert _kept_programs(monkeypatch, XDG_CACHE_HOME=tmp_path / "file") is None
+  assert not (tmp_path / "alignx_jax").exists()
 
 
 def _refusal(tmp_path, *changes):
