@@ -54,6 +54,7 @@ setup(
     "absl-py>=2.1",
     "array_record>=0.8",
     "etils[epath]>=1.9",
+    "filelock>=3",  # of JAX's cache of programs, which is limited in size
     "flax>=0.12.8,<0.13",
     "fsspec>=2024.6",
     "grain>=0.2.18,<0.3",

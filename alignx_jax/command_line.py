@@ -100,8 +100,13 @@ def _keep_programs() -> None:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError:  # no home to write to: compile anew
     return
+  for program in directory.glob("*-cache"):
+    # The time of its last use is written after it: a killed process left half a program, over
+    # which JAX would stumble at every start.
+    if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+      program.unlink(missing_ok=True)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
-  os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
+  os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 * 2**30)
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 

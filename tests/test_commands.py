@@ -93,6 +93,25 @@ def test_programs_are_kept_where_jax_is_told_or_nowhere(tmp_path, monkeypatch):
   assert not (tmp_path / "alignx_jax").exists()
 
 
+def test_a_program_is_found_again_and_half_of_one_is_not_kept(tmp_path, monkeypatch):
+  kept = Path(_kept_programs(monkeypatch, XDG_CACHE_HOME=tmp_path))
+  (kept / "half-cache").write_bytes(b"a process was killed")
+  code = (
+    "from alignx_jax import command_line; command_line._keep_programs()\n"
+    "import jax; jax.jit(lambda x: x + 1)(1.0)"
+  )
+  env = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION")}
+  env |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  before = {}
+  for _ in range(2):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "persistent" not in done.stderr, done.stderr
+    programs = {path.name: path.stat().st_mtime_ns for path in kept.glob("*-cache")}
+    assert programs and "half-cache" not in programs
+    assert not before or programs == before
+    before = programs
+
+
 def _refusal(tmp_path, *changes):
   done = _run(
     "alignx_jax.train",
