@@ -155,7 +155,7 @@ def write_batch(directory: Path, args) -> dict:
   from configs import smollm2_p_soups_ica
 
   config = smollm2_p_soups_ica.get_config()
-  config.train.rows = args.rows
+  config.train.update(rows=args.rows, accumulation=args.rows)
   if args.records:
     config.data.path = str(args.records)
   experiment = experiments.load_experiment(config)
