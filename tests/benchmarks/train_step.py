@@ -270,7 +270,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--peers", default=",".join(PEERS), help="%(default)s, or some of them")
   parser.add_argument("--rounds", type=int, default=3)
-  parser.add_argument("--rows", type=int, default=1, help="packed rows that the batch fills")
+  parser.add_argument("--rows", type=int, default=2, help="packed rows that the batch fills")
   parser.add_argument("--layers", type=int, default=0, help="the model's first; 0: all")
   parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument("--records", type=Path, help="of P-Soups, if not where the config says")
