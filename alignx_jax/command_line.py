@@ -89,10 +89,10 @@ def _keep_programs() -> None:
   """
   if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     return
-  features = platform.machine() + platform.processor()
+  features = platform.machine()
   if (info := Path("/proc/cpuinfo")).exists():
     lines = info.read_text().splitlines()
-    features += next((line for line in lines if line.lower().startswith(("flags", "feat"))), "")
+    features += next((line for line in lines if line.startswith(("flags", "Features"))), "")
   cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
   digest = hashlib.sha256(features.encode()).hexdigest()[:12]
   directory = cache / "alignx_jax" / f"programs-{digest}"
