@@ -8,7 +8,7 @@ start does: programs in the user's cache directory, log-probs in the workdir. To
 
   imports     from the interpreter's start until JAX has its devices
   data        simulated users, their split, the tokenizer, and what the model is
-  weights     read and placed
+  weights     read and placed, once the workdir is held and the data known
   reference   log-probs of all training examples; at the second start, read
   between     the optimiser's state, and the first batch packed
   trace       the step as Python says it, to a program
@@ -89,12 +89,16 @@ def start(workdir: str, began: float, records: int) -> dict[str, float]:
   experiment = experiment.with_objective("ica", fields=config.study.ica)
   loader = experiments.training_loader(experiment)
   mark("data")
-  params = jax.block_until_ready(experiment.load_base())
-  mark("weights")
+
+  def load():
+    params = jax.block_until_ready(experiment.load_base())
+    mark("weights")
+    return params
+
   loop.cached_reference, loop.make_steps = timed_reference, timed_steps
   model, mesh = experiment.model, experiment.mesh
   try:
-    loop.train(experiment.config, workdir, model=model, params=params, mesh=mesh, loader=loader)
+    loop.train(experiment.config, workdir, model=model, load=load, mesh=mesh, loader=loader)
   except Stepped:
     return seconds
 
