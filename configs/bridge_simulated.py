@@ -13,6 +13,7 @@ def get_config():
   config.objective.name = "pba"
   config.bridge.kind = "head"
   config.data.train_records = 24_000
+  config.data.test_records = 600
   config.regions.prompt = 128
   config.regions.persona = 1152
   config.regions.parts = 40
