@@ -1,4 +1,4 @@
-"""What all entry points share: --config and --workdir, and mistakes told in one sentence."""
+"""What all entry points share: --config and --workdir, how a process starts, mistakes told."""
 
 import hashlib
 import os

@@ -128,8 +128,10 @@ def test_commands_that_generate(tmp_path):
   assert (len(commands), len(compared)) == (2, 3)
   config = "--config=configs/study_simulated.py"
   small = [f"--{name}={value}" for name, value in SMALL.items()]
-  run = ["python", "-m", "alignx_jax.train", config, f"--workdir={tmp_path}/study/ica", *small]
-  subprocess.run(run, cwd=ROOT, capture_output=True, timeout=600, check=True)
+  for name, kind in (("pba", "text"), ("pba_head", "head")):
+    run = ["python", "-m", "alignx_jax.train", config, f"--workdir={tmp_path}/study/{name}", *small]
+    run += ["--config.objective.name=pba", f"--config.bridge.kind={kind}"]
+    subprocess.run(run, cwd=ROOT, capture_output=True, timeout=600, check=True)
   persona = {"Demographic Information": "Someone who likes music."}
   request = {"prompt": "A free evening?", "judge": persona} | persona
   (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n", encoding="utf-8")
@@ -144,7 +146,8 @@ def test_commands_that_generate(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told.append(done.stdout)
-  assert all("conditioned on: persona" in text for text in told)
+  for text, condition in zip(told, ("inferred", "bridge"), strict=True):
+    assert f"conditioned on: {condition}" in text
   assert "1 answered, 0 answered before, 0 refused" in told[1]
   answer = json.loads((tmp_path / "answers.jsonl").read_text(encoding="utf-8"))
   assert answer["passes_per_token"] >= 1
