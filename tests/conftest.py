@@ -12,11 +12,13 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
-# Compiling is most of the work: it is done once a program, here and in the processes that tests
-# start, and without what makes larger ones fast.
-_programs = tempfile.TemporaryDirectory(prefix="programs_")
+# Compiling is most of the work: it is done once a program, here, in xdist's workers and in the
+# processes that tests start, and without what makes larger ones fast.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  _programs = tempfile.TemporaryDirectory(prefix="programs_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 os.environ |= {
-  "JAX_COMPILATION_CACHE_DIR": _programs.name,
+  "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**32),  # with a limit, readers wait for writers
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as command_line.py sets it; for xdist's workers

@@ -2,9 +2,13 @@
 
 import json
 
+import pytest
+
 from alignx_jax.evaluation.results import LEGEND, format_policies
 from alignx_jax.experiments import baselines
 from configs import baselines_simulated
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_baseline_is_measured_with_its_controls_beside_the_others(tmp_path):

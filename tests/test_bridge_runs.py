@@ -41,6 +41,8 @@ def _dimension(topic: str) -> Dimension:
 TEA, RAIN, SUN, FOG, OAK, HUMOR, MUSIC = map(
   _dimension, ("tea", "rain", "sun", "fog", "oak", "humor", "music")
 )
+
+pytestmark = pytest.mark.slow
 MIST = Dimension("topics", "Enjoys mist", "Avoids mist", formerly=FOG.negative)
 OLD = PreferenceSpace((TEA, RAIN, SUN, FOG, OAK, HUMOR), "old")
 # Without the sun; the fog is renamed, music is new, and nothing stands where it stood.

@@ -67,6 +67,7 @@ def parameter_bytes(preset):
 # ------------------------------------------------------------------ whole programs
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_what_the_three_programs_cost(tmp_path):
   changes = [
     "model.preset=tiny8",

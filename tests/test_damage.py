@@ -288,6 +288,7 @@ def small_disk(finished, tmp_path):
   subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_with_a_sentence_and_keeps_the_last_good_one(small_disk, data):
   process = start(data, small_disk / "run", "--config.train.keep_checkpoints=99")
   error = process.communicate(timeout=300)[1]

@@ -108,6 +108,7 @@ def test_neither_the_run_nor_its_base_is_overwritten(config, tmp_path):
       export(config, tmp_path / "run", taken)
 
 
+@pytest.mark.slow
 def test_files_beside_the_weights_are_copied_and_the_whole_starts_another_run(config, tmp_path):
   config.model.weights = str(tmp_path / "base")
   shutil.copytree(SIMULATED_BASE, tmp_path / "base")
@@ -122,6 +123,7 @@ def test_files_beside_the_weights_are_copied_and_the_whole_starts_another_run(co
   _assert_same_weights(nnx.merge(nnx.graphdef(again.model), again.load_base()), model)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_and_written_beside(config, tmp_path):
   config.lora.rank = 2
   model, _ = _train(config, tmp_path / "run")

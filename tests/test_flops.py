@@ -184,6 +184,7 @@ def test_scoring_with_given_preferences_executes_what_the_formula_says(device):
   assert executed == pytest.approx(needed + dense_attention(told), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_a_bridge_executes_three_times_as_much(device):
   def loss(params, graph, rows):
     log_probs, head_loss, _ = bridged_log_probs(
@@ -289,6 +290,7 @@ def test_a_fused_backward_pass_is_one_kernel():
   assert found == {"fwd": 2 * 2 * 64 * 256**2, "dkv": 2 * 5 * 64 * 256**2}
 
 
+@pytest.mark.slow
 def test_kernels_in_a_program_are_counted_in_loops(device):
   kernels = compiled_costs(device, train=True, attention="splash", block=256).kernels
   calls = {part: 0 for part in flops.SPLASH_PRODUCTS}

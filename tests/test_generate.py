@@ -149,6 +149,7 @@ def test_p_from_a_bridge_is_steered_and_told(policy):
   assert "Preferences: Likes humor\n" in policy.formatting.tokenizer.decode(prompt.ids)
 
 
+@pytest.mark.slow
 def test_two_personas_answer_a_file_together(policy, tmp_path):
   records = [record | {"judge": small_record(i + 20)} for i, record in enumerate(requests_of(3))]
   for record in records:
@@ -184,6 +185,7 @@ def test_help_comes_at_once():
   assert "--requests" in done.stdout and "--judge" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_person_types_posts_and_a_mistake_is_told_in_one_sentence(tmp_path):
   common = ["--config=configs/base.py", f"--workdir={tmp_path}", "--user=0"]
   tiny = ["--config.model.weights=preset:tiny", "--max_new_tokens=5", "--base"]

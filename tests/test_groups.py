@@ -75,6 +75,7 @@ def test_groups_are_counted():
   assert "neutral" in by_pole.names and sum(by_pole.shares) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_group_losses_are_the_same_split_over_devices_and_parts():
   rng = np.random.default_rng(0)
   ids = lambda n: rng.integers(1, 256, n).tolist()
@@ -125,6 +126,7 @@ def _config(tmp_path, text=_text, **objective):
   return config
 
 
+@pytest.mark.slow
 def test_the_worse_groups_weight_grows_and_is_kept(tmp_path, killed_at):
   config = _config(tmp_path, groups="gender", group_step=0.3)
   run = lambda workdir: experiments.run_training(experiments.load_experiment(config), workdir)

@@ -13,6 +13,8 @@ from alignx_jax.training import mesh as meshes
 from alignx_jax.training.metrics import read_metrics
 from tests.small_records import small_config, small_record
 
+pytestmark = pytest.mark.slow
+
 
 def _record(i: int) -> dict:
   """A small record of a user who compared pairs too; every eighth did not."""

@@ -97,6 +97,7 @@ def test_online_training_starts_at_log_two_and_changes_the_factors_alone(config,
     np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_the_cached_reference_is_the_online_one(config, tmp_path):
   experiments.run_training(experiments.load_experiment(config), tmp_path / "online")
   config.reference.kind = "cached"

@@ -43,12 +43,14 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found[name], value, atol=tolerance * scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_one_step_is_the_same_on_every_mesh(steps):
   objective, arrays = steps
   for i in range(1, len(SIZES[objective])):
     assert_close(of_mesh(arrays, i), of_mesh(arrays, 0))
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_make_the_same_step(steps, tmp_path):
   objective, arrays = steps
   for i, sizes in enumerate(TOGETHER[objective]):

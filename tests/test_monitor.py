@@ -77,6 +77,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path, data, broken_r
     np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_what_is_logged_has_no_word_that_a_user_wrote(tmp_path, broken_reference, caplog, capfd):
   path = tmp_path / "records.json"
   path.write_text(json.dumps([_marked(small_record(i)) for i in range(48)]))

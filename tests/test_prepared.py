@@ -127,6 +127,7 @@ def test_proposed_regions_are_used_by_name(directory, config):
     experiments.load_experiment(config)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_prepared_set_resumes_and_evaluates(config, tmp_path):
   config.train.steps = 3
   config.train.checkpoint_every = 1

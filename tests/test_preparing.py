@@ -316,6 +316,7 @@ def prepare_some(files, out):
   )
 
 
+@pytest.mark.slow
 def test_cut_off_at_any_write_the_same_call_again_gives_the_same(tmp_path, monkeypatch):
   files = input_files(tmp_path)
   prepare_some(files, tmp_path / "whole")
@@ -346,6 +347,7 @@ def test_cut_off_at_any_write_the_same_call_again_gives_the_same(tmp_path, monke
   assert done > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_result_is_that_of_an_undisturbed_run(tmp_path, kills):
   files = input_files(tmp_path)

@@ -95,6 +95,7 @@ def test_resumed_equals_uninterrupted(config, tmp_path, killed_at):
   assert ours == theirs
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_base_and_measures_it(config, tmp_path, capsys):
   pretrain_base.main(config, tmp_path)
   printed = capsys.readouterr().out

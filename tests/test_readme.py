@@ -210,6 +210,7 @@ def test_the_command_that_audits(tmp_path):
   assert (tmp_path / "study/ica/bias.html").exists()
 
 
+@pytest.mark.slow
 def test_commands_that_prepare_data(tmp_path):
   commands = shown_on_pages(r"alignx_jax\.prepare_data ")
   assert len(commands) == 2

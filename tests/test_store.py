@@ -60,6 +60,7 @@ def _of(store, path):
   return store if os.fspath(path).startswith("gs://") else fsspec.filesystem("file")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_there_as_it_does_here(store, tmp_path, killed_at):
   config = small_config(write_small_records(tmp_path / "records.json"))
   experiment = experiments.load_experiment(config)

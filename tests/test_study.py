@@ -8,6 +8,8 @@ from alignx_jax.experiments import study
 from configs import study_simulated
 from tests.pages import shown_on_pages
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -86,12 +86,14 @@ def test_failures_are_tried_again_where_that_may_help_and_the_rest_goes_on(run, 
   assert len(_tries(tmp_path / "fine-0")) == 1
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_run_any_trial_end_the_sweep(run, tmp_path):
   with pytest.raises(RuntimeError, match="ImportError: no optax. Install alignx_jax with the same"):
     run("broken-0", "broken-1", "broken-2", cpus=len(os.sched_getaffinity(0)))
   assert not (tmp_path / "broken-1").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_asked_to_stop_has_its_trials_save(run, tmp_path):
   def ask():
     while not (tmp_path / "long-0" / "tries").exists():

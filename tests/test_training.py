@@ -96,6 +96,7 @@ def test_of_a_workdir_the_newest_good_checkpoint_is_begun_with(config, tmp_path,
   assert [line["loss"] for line in lines] == [line["loss"] for line in whole_lines[4:]]
 
 
+@pytest.mark.slow
 def test_a_run_that_began_elsewhere_is_not_overwritten_by_one_to_restore(config, tmp_path):
   _run(config, tmp_path / "whole")
   _, lines = _run(config, tmp_path / "other")
@@ -116,6 +117,7 @@ def test_a_finished_run_again_changes_nothing(config, tmp_path):
   assert lines == again
 
 
+@pytest.mark.slow
 def test_accumulation_and_devices_do_not_change_the_update(config, tmp_path):
   config.train.rows = 4
   whole, lines = _run(config, tmp_path / "whole")
@@ -131,6 +133,7 @@ def test_accumulation_and_devices_do_not_change_the_update(config, tmp_path):
     np.testing.assert_allclose(lines[0]["gradient_norm"], other[0]["gradient_norm"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_reference_is_computed_once_for_all_runs_that_share_it(config, tmp_path, monkeypatch):
   config.reference.directory = str(tmp_path / "shared")
   _run(config, tmp_path / "a")
