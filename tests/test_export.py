@@ -140,6 +140,7 @@ def test_an_adapter_is_merged_and_written_beside(config, tmp_path):
 # ------------------------------------------------------------------ the tokenizer's files
 
 
+@pytest.mark.slow
 def test_a_gguf_gives_its_tokenizer(smollm2_path, tmp_path):
   tokenizer = load_tokenizer(smollm2_path)
   write_tokenizer_files(tmp_path, tokenizer, smollm2_path, max_positions=8192)

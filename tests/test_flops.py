@@ -90,6 +90,7 @@ def test_scoring_executes_what_the_formula_says(device):
   assert compiled_costs(device, remat=False).flops == needed + dense_attention()
 
 
+@pytest.mark.slow
 def test_training_executes_three_times_as_much_and_the_heads_chunks_again(device):
   needed = flops.train_flops(ARCH, REGIONS, ROWS)
   again = 2 * ARCH.width * ARCH.vocab_size * 2 * REGIONS.response * ROWS

@@ -149,6 +149,7 @@ def test_the_worse_groups_weight_grows_and_is_kept(tmp_path, killed_at):
     np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_one_group_is_the_plain_loss_bit_by_bit(tmp_path):
   params = []
   for name, objective in (("plain", {}), ("one", {"groups": "gender", "group_step": 1.0})):

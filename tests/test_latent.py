@@ -200,6 +200,7 @@ def test_without_z_and_before_training_the_policy_is_the_reference(start, model,
 # ------------------------------------------------------------------ collapse
 
 
+@pytest.mark.slow
 def test_a_huge_weight_of_the_divergence_makes_z_collapse_and_none_does_not(model):
   graph, params = nnx.split(model)
   rows = pack(*([example(3 * i + j) for j in range(3)] for i in range(4)))

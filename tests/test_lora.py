@@ -77,6 +77,7 @@ def test_exactly_one_factor_starts_at_zero():
     assert bool(np.any(value)) == ("_lora_a" in name)
 
 
+@pytest.mark.slow
 def test_online_training_starts_at_log_two_and_changes_the_factors_alone(config, tmp_path):
   experiment = experiments.load_experiment(config)
   result = experiments.run_training(experiment, tmp_path / "run")

@@ -93,6 +93,7 @@ def test_lengths_are_those_of_the_packed_responses():
   np.testing.assert_array_equal(response_lengths(rows)[0], [[3, 1, 0], [2, 4, 0]])
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_split_over_devices_and_parts():
   loss = PreferenceLoss("simpo", 2.0)
   rng = np.random.default_rng(0)

@@ -115,6 +115,7 @@ def test_log_text_shows_what_users_wrote(tmp_path, data, broken_reference):
   assert [bad.post, bad.chosen, bad.rejected] in event["texts"]
 
 
+@pytest.mark.slow
 def test_a_run_gives_up_after_several_and_its_batches_are_replayed(
   tmp_path,
   data,

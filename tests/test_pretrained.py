@@ -572,6 +572,7 @@ def test_a_damaged_gguf_is_refused_with_the_file_and_its_size(gguf_file):
       load_decoder(gguf_file)
 
 
+@pytest.mark.slow
 def test_smollm2_reads_english(smollm2_path):
   model, tokenizer = load_decoder(smollm2_path), load_tokenizer(smollm2_path)
   assert model.arch == PRESETS["smollm2_135m"]

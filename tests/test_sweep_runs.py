@@ -155,6 +155,7 @@ def test_halving_asks_for_accuracies(sweep):
   assert code == 1 and "compares accuracies of config.eval.every: set that" in error
 
 
+@pytest.mark.slow
 def test_no_trial_fits(sweep):
   code, _, error = sweep({"a": {}}, "--config.sweep.tpus=4")
   assert code == 1 and "A trial asks for 4 TPU and there are 0 in all" in error

@@ -61,6 +61,7 @@ def test_resumed_equals_uninterrupted(config, tmp_path, killed_at):
   assert [line["loss"] for line in lines] == [line["loss"] for line in whole_lines]
 
 
+@pytest.mark.slow
 def test_a_run_begins_at_the_checkpoint_it_is_told_and_goes_on_from_its_own(
   config, tmp_path, killed_at
 ):
@@ -248,6 +249,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_start_over(config, tm
   assert result.steps == 2
 
 
+@pytest.mark.slow
 def test_epochs_alike_share_one_reference(config, tmp_path):
   config.history.policy = "all"
   config.train.epochs = 2
