@@ -16,7 +16,7 @@ def get_config():
   config.model.remat = False
   config.data.path = "simulated"
   config.data.train_records = 1600
-  config.data.test_records = 400
+  config.data.test_records = 320
   config.history.policy = "all"
   # Evaluated in rows that hold two personas, or four lists of preferences.
   config.regions.context = 720
@@ -37,7 +37,7 @@ def get_config():
     config.study = ConfigDict(
       {
         # Of the test pairs, those on which is measured what a policy makes of few acts.
-        "few_acts_pairs": 200,
+        "few_acts_pairs": 160,
         "ica": {
           "regions": {"context": 720} | two,
           # Two examples a step: it learns from far fewer users than of four or eight. The others
