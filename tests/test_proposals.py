@@ -5,7 +5,14 @@ import pytest
 
 from alignx_jax.data.formatting import Formatting
 from alignx_jax.data.loader import Loader
-from alignx_jax.data.proposals import measure, pack, propose, proposed_regions, write_proposals
+from alignx_jax.data.proposals import (
+  fit_context,
+  measure,
+  pack,
+  propose,
+  proposed_regions,
+  write_proposals,
+)
 from alignx_jax.data.records import parse_record
 from alignx_jax.data.rows import Regions
 from alignx_jax.data.tokenizers import load_tokenizer
@@ -57,6 +64,26 @@ def test_the_loader_pads_as_expected(users, layout):
   assert share == pytest.approx(found["padding"], abs=0.02)
   assert share < 0.05
   assert not any("refused" in reason for reason in loader.counts)
+
+
+@pytest.mark.parametrize("condition, pays", [("persona", False), ("none", True)])
+def test_a_context_is_shortened_where_that_pays_and_changes_nothing_else(users, condition, pays):
+  # Some responses do not fit, and with personas some histories lose items.
+  users = users[:100]
+  form = formatting(regions=Regions(1400, 160, 4), condition=condition, history=HistoryPolicy())
+  loader = Loader(users, form, rows=2)
+  fitted = fit_context(loader)
+  tokens, given = [], []
+  for of in (loader, fitted):
+    rows = [batch.rows for batch in of.batches()]
+    tokens.append(sum(row.tokens_BL.size for row in rows))
+    given.append(
+      {int(i): of.tokenised(int(i))[1] for row in rows for i in row.example_BE[row.example_BE >= 0]}
+    )
+  assert tokens[1] < 0.7 * tokens[0] if pays else fitted is loader
+  assert given[0] == given[1] and len(given[0]) < len(users)
+  assert loader.counts == fitted.counts
+  assert fit_context(loader, least_rows=1000) is loader
 
 
 def test_what_a_learned_bridge_reads_is_measured_too(users):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alignx_jax.data.formatting import Formatting, Refused, tokenise
-from alignx_jax.data.loader import choose, history_rng
+from alignx_jax.data.loader import Loader, choose, history_rng
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions
 from alignx_jax.personas.persona import sample_history
@@ -99,6 +100,51 @@ def propose(sizes: np.ndarray, layout: int, *, window: int = 32) -> dict | None:
     if best is None or padding < best["padding"]:
       best = found
   return best
+
+
+def fit_context(loader: Loader, *, least_rows: int = 32) -> Loader:
+  """The same examples in rows with as short a context as suits them.
+
+  Regions are chosen for personas. A list of preferences, few acts or no persona at all would
+  leave most of such a row empty. The context is halved as often as it pays; the longest still
+  fits, so nothing more is refused or dropped.
+
+  Args:
+    least_rows: stay as it is with fewer rows than that: other sizes are another program to compile.
+  """
+  regions = loader.formatting.regions
+  sample = range(0, loader.stream_length, max(1, loader.stream_length // 32))
+  if _sizes(loader, sample)[:, 0].max(initial=0) > regions.context // 2:
+    return loader
+  sizes = _sizes(loader, range(loader.stream_length))
+  if len(sizes) < least_rows:
+    return loader
+  multiple = math.gcd(regions.context, 128)  # so that a row divides by what it did before
+
+  def cost(regions):
+    """Rows' tokens for each that is not padding."""
+    return 1 / (1 - pack(sizes, regions, window=loader.window)[0])
+
+  best = regions
+  if sizes.sum() * cost(regions) < least_rows * regions.layout:
+    return loader
+  for halvings in (1, 2, 3, 4):
+    context = -(-(regions.context >> halvings) // multiple) * multiple
+    shorter = dataclasses.replace(regions, context=context)
+    if sizes[:, 0].max() <= context and cost(shorter) < 0.9 * cost(best):
+      best = shorter
+  return dataclasses.replace(
+    loader, formatting=dataclasses.replace(loader.formatting, regions=best)
+  )
+
+
+def _sizes(loader, positions) -> np.ndarray:
+  """Tokens of each region that the examples at positions need, without those that are refused."""
+  sizes = []
+  for position in positions:
+    with contextlib.suppress(Refused):
+      sizes.append(loader.tokenised(position)[1].sizes)
+  return np.array(sizes, int).reshape(-1, len(loader.formatting.regions.room))
 
 
 def write_proposals(

@@ -18,6 +18,7 @@ from absl import logging
 
 from alignx_jax.data.formatting import Formatting, Refused
 from alignx_jax.data.loader import Loader
+from alignx_jax.data.proposals import fit_context
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Rows
 from alignx_jax.personas.persona import HistoryPolicy
@@ -152,7 +153,7 @@ class Scorer:
   def _loader(self, condition, shuffle=False, history=HistoryPolicy()):
     examples = shuffled(self.examples) if shuffle else self.examples
     formatting = dataclasses.replace(self.formatting, condition=condition, history=history)
-    return Loader(examples, formatting, rows=self.rows)
+    return fit_context(Loader(examples, formatting, rows=self.rows))
 
   def unscored(self, *key) -> dict[int, str]:
     """Index of each example that `score` of the same arguments does not score, and why."""

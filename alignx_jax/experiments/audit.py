@@ -20,7 +20,7 @@ from alignx_jax.evaluation.leakage import leakage_row, users_of
 from alignx_jax.evaluation.report import write_report
 from alignx_jax.experiments import experiment as experiments
 from alignx_jax.experiments import measuring
-from alignx_jax.experiments.bridges import directions_of, inferred_logits, profiled, temperature_of
+from alignx_jax.experiments.bridges import directions_of, inferred_logits, teller, temperature_of
 from alignx_jax.experiments.config_checks import has_head
 from alignx_jax.experiments.experiment import Experiment
 from alignx_jax.files import write_text
@@ -62,7 +62,7 @@ class Audited:
       inferred_XPK, reference = policy.inferred_XPK, "none"
     else:
       if config.bridge.inferred_by and config.objective.name == "pba":
-        experiment = dataclasses.replace(experiment, test=self._told(examples))
+        experiment = dataclasses.replace(experiment, test=teller(experiment)(examples))
       policy = measuring.text_scorer(experiment, self.name, self.params)
       reference = condition
     base = dataclasses.replace(self.base, examples=experiment.test)
@@ -77,15 +77,6 @@ class Audited:
       self.experiment, self.params, self.experiment.test, history=_WITHHELD
     )
     return softmax(logits_XPK, temperature)
-
-  def _told(self, examples):
-    """The examples with P̃ as text that the run of config.bridge.inferred_by infers."""
-    config = self.experiment.config
-    head = self.experiment.of_run(config.bridge.inferred_by)
-    params = experiments.restored_params(head)
-    temperature = temperature_of(head, params, head.workdir)
-    options = {"temperature": temperature, "threshold": config.bridge.threshold}
-    return profiled(head, params, examples, **options)
 
 
 def load_audited(config, workdir: Path) -> Audited:

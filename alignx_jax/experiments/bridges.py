@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from alignx_jax.data.loader import Loader
-from alignx_jax.data.records import Profiled
+from alignx_jax.data.records import Example, Profiled
 from alignx_jax.evaluation.calibration import (
   fit_temperature,
   frequencies,
@@ -117,44 +118,49 @@ def _averaged(experiment: Experiment, example) -> np.ndarray | None:
 
 
 def profiled(
-  head: Experiment, params: nnx.State, examples, *, temperature: float, threshold: float
+  examples: Sequence[Example], inferred_XPK: np.ndarray, space: PreferenceSpace, *, threshold: float
 ) -> Profiled:
-  """Examples with P̃ that a learned bridge infers as their profiles.
-
-  As text any model can read it.
+  """Examples with their P̃ as profiles: as text any model can read it.
 
   Args:
-    head, params: of the run with the learned bridge.
+    inferred_XPK: of each example in the space, NaN where it could not be inferred.
     threshold: probability from which a pole is stated.
   """
-  inferred_XPK = softmax(inferred_logits(head, params, examples), temperature)
 
   def text(inferred_PK):
     if not np.isfinite(inferred_PK).all():
       return None  # refused, and counted where it was
-    return Preferences(head.space, inferred_PK).verbalise(threshold)
+    return Preferences(space, inferred_PK).verbalise(threshold)
 
   return Profiled(examples, [text(inferred_PK) for inferred_PK in inferred_XPK])
+
+
+def teller(experiment: Experiment) -> Callable[[Sequence[Example]], Profiled]:
+  """What gives examples the P̃ that the run of config.bridge.inferred_by infers, as text."""
+  config = experiment.config
+  head = experiment.of_run(config.bridge.inferred_by)
+  params = restored_params(head)
+  temperature, threshold = temperature_of(head, params, head.workdir), config.bridge.threshold
+
+  def told(examples):
+    inferred_XPK = softmax(inferred_logits(head, params, examples), temperature)
+    return profiled(examples, inferred_XPK, head.space, threshold=threshold)
+
+  return told
 
 
 def told_by(experiment: Experiment) -> Experiment:
   """The experiment as config.bridge.inferred_by says: with P̃ of that run's bridge, if any."""
   config = experiment.config
-  workdir = config.bridge.inferred_by
-  if config.objective.name != "pba" or has_head(config) or not workdir:
+  if config.objective.name != "pba" or has_head(config) or not config.bridge.inferred_by:
     return experiment
-  head = experiment.of_run(workdir)
-  params = restored_params(head)
-  options = {
-    "temperature": temperature_of(head, params, head.workdir),
-    "threshold": config.bridge.threshold,
-  }
+  told = teller(experiment)
   splits = ["train", "test"] + ["validation"] * bool(config.eval.every)
   splits = [split for split in splits if len(getattr(experiment, split))]
   return dataclasses.replace(
     experiment,
     formatting=dataclasses.replace(experiment.formatting, condition="profile"),
-    **{split: profiled(head, params, getattr(experiment, split), **options) for split in splits},
+    **{split: told(getattr(experiment, split)) for split in splits},
   )
 
 

@@ -41,21 +41,17 @@ def run_study(config, workdir: Path, *, command: str = "") -> list[dict]:
     policies[name] = measuring.policy_scorer(aligned, params, workdir / name)
     results += measuring.policy_results(aligned, policies[name], base)
     curves[name] = read_metrics(workdir / name)
-  head = policies["pba_head"]
 
   # P̃ of the learned bridge, told as text to the policy that reads text.
-  temperature = bridges.temperature_of(aligned, params, workdir / "pba_head")
+  inferred_XPK = policies["pba_head"].inferred_XPK
   threshold = config.bridge.threshold
-  told = bridges.profiled(
-    aligned, params, experiment.test, temperature=temperature, threshold=threshold
-  )
+  told = bridges.profiled(experiment.test, inferred_XPK, aligned.space, threshold=threshold)
   results += measuring.told_results("pba", policies["pba"], base, told)
 
   results += _few_acts(aligned, params, workdir / "pba_head", policies["ica"], base)
 
   write_results(workdir / "results.json", results)
   write_picture(workdir / "accuracy.svg", results)
-  inferred_XPK = head.inferred_XPK
   preferences = bridges.preference_rows(aligned, inferred_XPK)
   pictures = []
   if preferences:

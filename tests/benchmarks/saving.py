@@ -7,10 +7,10 @@ A few steps of configs/smollm2_p_soups_ica.py, all of whose weights and moments 
 blocks the steps while checksums are taken and the arrays copied to the host; the rest of it, the
 writing, runs beside them. Printed are
 
-  of its own time    seconds that a save blocks / from its start until the checkpoint is whole
-  of the run         the same / seconds of the run, at one save in 50 steps
+  of the run         seconds that a save blocks / of the run, at one save in 50 steps
+  of a save          the same / from its start until the checkpoint is whole
   logging            seconds of writing metrics, events and heartbeats / of the steps
-  steps beside it    seconds of a step while a checkpoint is written / of one otherwise
+  steps beside it    seconds of a step beside which a checkpoint is written / of another
 """
 
 import argparse
@@ -32,7 +32,7 @@ from alignx_jax.training.workdir import Heartbeat
 from configs import smollm2_p_soups_ica
 
 EVERY = 50  # steps between two saves
-TARGETS = {"of its own time": 0.05, "of the run": 0.05, "logging": 0.01}
+SHARES = {"of the run": 0.05, "of a save": None, "logging": 0.01}  # and the most they may be
 
 
 class Save:
@@ -91,7 +91,13 @@ def measure(config, workdir: Path) -> dict[str, float]:
   seconds = np.array([line["seconds/step"] for line in lines])
   # A line is written when its step is done.
   ends = np.array([line["time"] for line in lines])
-  writing = np.array([any(s.went_on < end < s.whole for s in saves) for end in ends])
+  begins = ends - seconds
+  writing = np.array(
+    [
+      any(s.went_on < end and begin < s.whole for s in saves)
+      for begin, end in zip(begins, ends, strict=True)
+    ]
+  )
   # The last save has no steps beside it.
   blocked = np.median([s.went_on - s.began for s in saves])
   own = np.median([s.whole - s.began for s in saves])
@@ -101,8 +107,8 @@ def measure(config, workdir: Path) -> dict[str, float]:
     "a step, s": step,
     "a save blocks, s": float(blocked),
     "a save takes, s": float(own),
-    "of its own time": float(blocked / own),
     "of the run": float(blocked / (EVERY * step + blocked)),
+    "of a save": float(blocked / own),
     "logging": sum(logging) / len(lines) / step,
     "steps beside it": beside,
   }
@@ -119,9 +125,11 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as workdir:
     found = measure(config, Path(workdir))
   for name, value in found.items():
-    target = f"  (at most {TARGETS[name]:.0%})" if name in TARGETS else ""
-    share = name in TARGETS
-    print(f"{name:<18}{value:>10.2%}{target}" if share else f"{name:<18}{value:>10.2f}")
+    if name not in SHARES:
+      print(f"{name:<18}{value:>10.2f}")
+      continue
+    target = f"  (at most {SHARES[name]:.0%})" if SHARES[name] else ""
+    print(f"{name:<18}{value:>10.2%}{target}")
   if args.output:
     args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
