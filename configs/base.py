@@ -42,6 +42,8 @@ def get_config() -> ConfigDict:
   # A JSON list of records in the published schema, a directory that prepare_data.py wrote, or
   # "simulated".
   config.data.path = ""
+  # Records without 'Preference Direction' are labelled by what their 'profile' says.
+  config.data.profile_labels = False
   config.data.train_records = config_dict.placeholder(int)  # None: all; simulated: required
   config.data.test_records = config_dict.placeholder(int)  # likewise
   config.data.validation_records = 500  # the most on which a head's P̃ is calibrated

@@ -1,5 +1,6 @@
 """Which examples train and which test, for simulated users and for JSON lists."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,6 +59,11 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
   if is_prepared(config.path):
     splits = open_prepared(config.path)
     if "train" in splits:
+      if config.profile_labels:
+        raise ValueError(
+          "config.data.profile_labels is of a JSON list or a benchmark; the records of "
+          f"{config.path} are labelled as they are."
+        )
       return {
         "train": splits["train"][: config.train_records],
         "validation": splits["validation"][: config.validation_records],
@@ -66,6 +72,8 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
     examples = list(splits["test"])
   else:
     examples = read_examples(config.path, space)
+  if config.profile_labels:
+    examples = [label_by_profile(example, space) for example in examples]
   splits = split_by_post(examples, test_share=config.test_share, seed=seed)
   splits["train"] = splits["train"][: config.train_records]
   splits["test"] = splits["test"][: config.test_records]
@@ -99,6 +107,21 @@ def simulated_examples(
   indices = tqdm(range(size), desc=f"simulating {split}", unit="user", mininterval=1.0)
   record = lambda i: simulate_record(i, split=split, seed=seed, config=users)
   return [parse_record(record(i), space, f"simulated_{split}:{i}") for i in indices]
+
+
+def label_by_profile(example: Example, space: PreferenceSpace) -> Example:
+  """An example whose directions, where the record has none, are what its profile says.
+
+  Raises:
+    ValueError: the profile has a part that is no pole; names the record.
+  """
+  if example.directions is not None or example.profile is None:
+    return example
+  try:
+    directions_P = space.parse(example.profile)
+  except ValueError as error:
+    raise ValueError(f"{example.id}, 'profile': {error}") from None
+  return dataclasses.replace(example, directions=directions_P.astype(np.float32))
 
 
 def split_by_post(
