@@ -113,10 +113,11 @@ def _keep_programs() -> None:
 def _parse(argv):
   try:
     return app.parse_flags_with_usage(argv)
-  except AttributeError as error:  # a locked config has no such field
+  except (AttributeError, KeyError) as error:  # a locked config has no such field or section
     if "get_config" in str(error):
       sys.exit("Error: the file has no get_config(); write one, as those in configs/ do.")
-    reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else str(error)
+    reason = error.args[0]
+    reason = str(reason.args[0] if isinstance(reason, KeyError) else reason)
     reason = " ".join(reason.split())
     sys.exit(f"Error: no such config field: {reason} (All fields are in configs/base.py.)")
 

@@ -126,8 +126,10 @@ def _refusal(tmp_path, *changes):
 
 
 def test_an_unknown_config_field_is_refused_in_one_sentence(tmp_path):
-  said = _refusal(tmp_path, "--config.regions.contxt=3")
-  assert said.startswith("Error: ") and "'contxt'" in said and "context" in said
+  for field, meant in (("regions.contxt", "context"), ("regins.context", "regions")):
+    said = _refusal(tmp_path, f"--config.{field}=3")
+    wrong = next(name for name in field.split(".") if name not in ("regions", "context"))
+    assert said.startswith("Error: ") and f"'{wrong}'" in said and meant in said
 
 
 def test_a_bad_record_is_refused_in_one_sentence_with_file_record_field_and_remedy(tmp_path):

@@ -81,6 +81,8 @@ def test_a_context_is_shortened_where_that_pays_and_changes_nothing_else(users, 
       {int(i): of.tokenised(int(i))[1] for row in rows for i in row.example_BE[row.example_BE >= 0]}
     )
   assert tokens[1] < 0.7 * tokens[0] if pays else fitted is loader
+  less = form.regions.context - fitted.formatting.regions.context
+  assert less % 128 == 0  # rows divide by the devices that they did divide by
   assert given[0] == given[1] and len(given[0]) < len(users)
   assert loader.counts == fitted.counts
   assert fit_context(loader, least_rows=1000) is loader

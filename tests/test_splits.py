@@ -1,6 +1,7 @@
 """Which examples train and test, and what labels them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -46,10 +47,19 @@ def test_a_profile_labels_a_record_that_has_no_other_label(tmp_path):
   assert sum(e.directions is not None for part in unlabelled.values() for e in part) == 1
 
 
-def test_a_profile_that_is_no_list_of_poles_is_refused_by_record_and_field(tmp_path):
-  records = [_record(0), _record(1, profile="Likes nothing at all")]
-  with pytest.raises(ValueError, match=r"records\.json:1, 'profile': .*Likes nothing at all"):
+@pytest.mark.parametrize(
+  "profile", ["Likes nothing at all", f"{SPACE.dimensions[3].negative}, {POLES[0]}"]
+)
+def test_a_profile_that_is_no_list_of_poles_is_refused_by_record_and_field(tmp_path, profile):
+  records = [_record(0), _record(1, profile=profile)]
+  wrong = profile.removeprefix(SPACE.dimensions[3].negative + ", ")
+  with pytest.raises(ValueError, match=rf"records\.json:1, 'profile': '{re.escape(wrong)}'"):
     _splits(tmp_path / "records.json", records)
+
+
+def test_an_empty_list_is_refused_as_such(tmp_path):
+  with pytest.raises(ValueError, match="has no records"):
+    _splits(tmp_path / "records.json", [])
 
 
 def test_every_published_profile_is_a_label(p_soups):

@@ -166,7 +166,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(
     ("train.devices", 99),
     ("eval.protocols", ("matchd",)),
     ("regions.context", 100_000),
+    ("regions.response", -1),
+    ("regions.examples", 0),
     ("data.test_share", 0.0),
+    ("data.test_records", -1),
+    ("model.param_dtype", "float33"),
   ],
 )
 def test_what_would_fail_late_is_refused_at_once_by_its_field(config, field, value):
@@ -207,6 +211,18 @@ def test_a_run_is_not_resumed_or_evaluated_with_another_config(config, tmp_path)
   for use in (experiments.run_training, experiments.trained_params):
     with pytest.raises(ValueError, match=r"objective\.beta was 0\.1 and is 0\.5\. Use another"):
       use(experiment, tmp_path / "run")
+
+
+def test_a_field_that_a_runs_version_did_not_have_is_as_if_off(config, tmp_path):
+  _run(config, tmp_path / "run")
+  path = tmp_path / "run/config.json"
+  written = json.loads(path.read_text())
+  del written["data"]["profile_labels"]
+  path.write_text(json.dumps(written))
+  experiments.trained_params(experiments.load_experiment(config), tmp_path / "run")
+  config.data.profile_labels = True
+  with pytest.raises(ValueError, match=r"data\.profile_labels was None and is True"):
+    experiments.trained_params(experiments.load_experiment(config), tmp_path / "run")
 
 
 def test_a_run_is_not_resumed_with_other_records(config, tmp_path):

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -119,7 +118,7 @@ def fit_context(loader: Loader, *, least_rows: int = 32) -> Loader:
   sizes = _sizes(loader, range(loader.stream_length))
   if len(sizes) < least_rows:
     return loader
-  multiple = math.gcd(regions.context, 128)  # so that a row divides by what it did before
+  multiple = 128 if regions.context >= 1024 else 16  # so that a row divides by what it did before
 
   def cost(regions):
     """Rows' tokens for each that is not padding."""
@@ -129,7 +128,8 @@ def fit_context(loader: Loader, *, least_rows: int = 32) -> Loader:
   if sizes.sum() * cost(regions) < least_rows * regions.layout:
     return loader
   for halvings in (1, 2, 3, 4):
-    context = -(-(regions.context >> halvings) // multiple) * multiple
+    less = regions.context - (regions.context >> halvings)
+    context = regions.context - less // multiple * multiple
     shorter = dataclasses.replace(regions, context=context)
     if sizes[:, 0].max() <= context and cost(shorter) < 0.9 * cost(best):
       best = shorter
@@ -141,7 +141,7 @@ def fit_context(loader: Loader, *, least_rows: int = 32) -> Loader:
 def _sizes(loader, positions) -> np.ndarray:
   """Tokens of each region that the examples at positions need, without those that are refused."""
   sizes = []
-  for position in positions:
+  for position in tqdm(positions, desc="measuring lengths", unit="ex", mininterval=1.0, delay=2.0):
     with contextlib.suppress(Refused):
       sizes.append(loader.tokenised(position)[1].sizes)
   return np.array(sizes, int).reshape(-1, len(loader.formatting.regions.room))

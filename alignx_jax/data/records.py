@@ -166,8 +166,8 @@ def read_records(path: str | Path) -> list[dict]:
   if not path.is_file():
     raise FileNotFoundError(f"{path} is no file; set config.data.path to a JSON list.")
   try:
-    records = json.loads(path.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    records = json.loads(path.read_text(encoding="utf-8-sig"))
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is not whole JSON ({error}); fetch it again.") from error
   if not isinstance(records, list):
     raise ValueError(f"{path} holds a {type(records).__name__}; it must be a list of records.")

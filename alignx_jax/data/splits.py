@@ -77,6 +77,8 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
   splits = split_by_post(examples, test_share=config.test_share, seed=seed)
   splits["train"] = splits["train"][: config.train_records]
   splits["test"] = splits["test"][: config.test_records]
+  if not examples:
+    raise ValueError(f"{config.path} has no records.")
   for split, part in splits.items():
     if not part:
       raise ValueError(

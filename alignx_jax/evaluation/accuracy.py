@@ -143,6 +143,7 @@ class Scorer:
 
   def __post_init__(self):
     self.score = functools.cache(self._score)
+    self._loader = functools.cache(self._loader)
 
   def _score(
     self, condition: str, shuffle: bool = False, history: HistoryPolicy = HistoryPolicy()

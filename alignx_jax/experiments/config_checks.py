@@ -13,6 +13,7 @@ from alignx_jax.training.bridge import SPACE
 from alignx_jax.training.run_config import run_config
 
 OBJECTIVES = ("ica", "pba", "dpo", "vpl")
+DTYPES = ("float32", "bfloat16", "float16")
 # Fields of config.objective that one loss alone has.
 OF_ONE_LOSS = {"label_smoothing": "sigmoid", "target_margin": "simpo"}
 
@@ -87,6 +88,24 @@ def check_sizes(config, mesh: Mesh) -> None:
     raise ValueError(
       f"config.eval.protocols has {sorted(unknown)[0]!r}; there are {', '.join(PROTOCOLS)}."
     )
+  text = not (has_head(config) or has_latent(config))
+  for field in ("context",) * text + ("response", "examples"):
+    if config.regions[field] < 1:
+      raise ValueError(
+        f"config.regions.{field} is {config.regions[field]}; a row needs 1 or more of it."
+      )
+  for field in ("param_dtype", "compute_dtype"):
+    if config.model[field] not in DTYPES:
+      raise ValueError(
+        f"config.model.{field} is {config.model[field]!r}; set it to {' or '.join(DTYPES)}."
+      )
+  for field in ("train_records", "validation_records", "test_records"):
+    if config.data[field] is not None and config.data[field] < 0:
+      raise ValueError(
+        f"config.data.{field} is {config.data[field]}; set it to 0 or more, or to None for all."
+      )
+  if not 0 < config.data.test_share < 1:
+    raise ValueError(f"config.data.test_share is {config.data.test_share}; set it between 0 and 1.")
   check_bridge(config)
   if has_latent(config):
     check_latent(config)

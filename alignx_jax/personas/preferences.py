@@ -253,7 +253,7 @@ class PreferenceSpace:
     """Inverse of `verbalise`.
 
     Raises:
-      ValueError: the text has a part that is no pole of this space.
+      ValueError: the text has a part that is no pole of this space, or both poles of a dimension.
     """
     directions_P = np.full(len(self), NEUTRAL)
     longest_first = sorted(self._poles, key=len, reverse=True)
@@ -261,7 +261,10 @@ class PreferenceSpace:
     while rest:
       for pole in longest_first:
         if rest == pole or rest.startswith(pole + ", "):
-          index, directions_P[index] = self._poles[pole]
+          index, direction = self._poles[pole]
+          if directions_P[index] not in (NEUTRAL, direction):
+            raise ValueError(f"{pole!r} contradicts the other pole of its dimension, said before.")
+          directions_P[index] = direction
           rest = rest[len(pole) + 2 :]
           break
       else:

@@ -76,7 +76,12 @@ def check_config(config: Any, found: dict, where: str, fingerprint: str) -> None
   old = flatten_dict(found, sep=".")
   now = config.to_dict() | {"fingerprint": fingerprint}
   now = flatten_dict(json.loads(json.dumps(now)), sep=".")
-  differs = lambda name: old.get(name) != now.get(name) and not _FREE.fullmatch(name)
+
+  def differs(name):
+    # A field that the run's version had not yet changes nothing while it is off.
+    off = name not in old and not now[name]
+    return old.get(name) != now.get(name) and not off and not _FREE.fullmatch(name)
+
   changed = {
     name: f"{name} was {old.get(name)!r} and is {now.get(name)!r}"
     for name in sorted(old.keys() | now.keys())
