@@ -230,6 +230,19 @@ def test_metrics_cut_short_are_read_as_far_as_they_go(workdir, data):
   assert steps and steps == list(range(len(steps)))
 
 
+def test_damaged_lines_of_metrics_are_left_out_and_told(workdir, data, caplog):
+  path = workdir / "metrics.jsonl"
+  first, *lines = path.read_bytes().splitlines(keepends=True)
+  harmed = [first.replace(b"step", b"stem", 1), lines[0].replace(b"{", b"\xfb", 1)]
+  harmed += [lines[1].replace(b":", b'": "', 1), b"[]\n", b'{"step": "x"}\n']
+  path.write_bytes(b"".join(harmed + lines[2:]))
+  assert [line["step"] for line in read_metrics(workdir)] == [3, 4, 5]
+  assert "5 lines are damaged" in caplog.text
+  shutil.rmtree(workdir / "checkpoints/6")
+  run(small_config(data), workdir)
+  assert [line["step"] for line in read_metrics(workdir)] == [3, 4, 5]
+
+
 @pytest.mark.parametrize("harm", [truncate, empty, flip, remove])
 def test_cached_references_are_computed_again(finished, workdir, data, harm):
   (reference,) = (workdir / "reference").glob("reference_*.npz")

@@ -1,6 +1,7 @@
 """Numbers that are not finite, what they were of, and what a running step tells."""
 
 import json
+import shutil
 import time
 
 import jax
@@ -248,14 +249,28 @@ def test_the_profiler_writes_the_window_that_is_asked_for(tmp_path, data):
   assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
-def test_the_best_and_every_so_manieth_checkpoint_are_kept(tmp_path):
-  checkpoints = Checkpoints(tmp_path, keep=1, every=4)
+@pytest.mark.slow
+def test_a_window_of_the_profiler_may_begin_before_a_resumed_run_and_end_after_it(tmp_path, data):
+  config = small_config(data)
+  config.train.profile = (1, 99)
+  profile = tmp_path / "run" / "profile"
+  for _ in range(2):
+    run(config, tmp_path / "run")
+    assert list(profile.rglob("*.xplane.pb"))
+    shutil.rmtree(profile)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+
+
+@pytest.mark.parametrize("starts", [1, 3])
+def test_the_best_and_every_so_manieth_checkpoint_are_kept(tmp_path, starts):
   from tests.test_damage import state_like
 
   accuracies = {1: 0.5, 2: 0.9, 3: 0.6, 4: 0.7, 5: None, 6: 0.8, 7: None}
-  for step, accuracy in accuracies.items():
-    checkpoints.save(step, state_like(), {}, accuracy=accuracy)
-  checkpoints.close()
+  for steps in np.array_split(list(accuracies), starts):
+    checkpoints = Checkpoints(tmp_path, keep=1, every=4)
+    for step in steps.tolist():
+      checkpoints.save(step, state_like(), {}, accuracy=accuracies[step])
+    checkpoints.close()
   assert Checkpoints(tmp_path, keep=1, every=4).steps() == [2, 4, 7]
 
 

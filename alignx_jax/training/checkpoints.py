@@ -8,6 +8,7 @@ may be whole: that stops the run.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -50,8 +51,8 @@ class Checkpoints:
     kept = [policies.LatestN(keep)]
     if every:
       kept.append(policies.EveryNSteps(every))
-    accuracy = lambda metrics: metrics["accuracy"]
-    kept.append(policies.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False))
+    self._accuracies = {}  # of each step's checkpoint; None where it was not evaluated
+    kept.append(_Best(self._accuracies))
     self.directory = as_path(workdir) / "checkpoints"
     if not is_remote(workdir):
       self.directory = self.directory.absolute()
@@ -77,12 +78,14 @@ class Checkpoints:
       OSError: this or the last one could not be written.
     """
     parts = _parts(state)
+    self._read_accuracies()
+    self._accuracies[step] = accuracy
     body = {"run": run, "checksums": {name: checksums(part) for name, part in parts.items()}}
+    body["accuracy"] = accuracy
     items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
     items["run"] = ocp.args.JsonSave(body | {"digest": _digest(body)})
-    metrics = None if accuracy is None else {"accuracy": accuracy}
     with self._told(f"The checkpoint of step {step}"):
-      self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   def newest(
     self,
@@ -147,6 +150,13 @@ class Checkpoints:
         "they are kept. Use another --workdir to start anew."
       )
     return None
+
+  def _read_accuracies(self):
+    """Those of checkpoints that an earlier start saved."""
+    for step in self.steps():
+      if step not in self._accuracies:
+        body = self._try(step, self._read_run)
+        self._accuracies[step] = None if isinstance(body, _Damage) else body.get("accuracy")
 
   def _read_run(self, step):
     args = ocp.args.Composite(run=ocp.args.JsonRestore())
@@ -235,6 +245,18 @@ class Checkpoints:
       ) from error
 
 
+@dataclasses.dataclass
+class _Best(policies.PreservationPolicy):
+  """Keeps the checkpoint of the highest accuracy, of several such the newest."""
+
+  accuracies: dict[int, float | None]
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    known = [c.step for c in checkpoints if self.accuracies.get(c.step) is not None]
+    best = max(known, key=lambda step: (self.accuracies[step], step), default=None)
+    return [c.step == best for c in checkpoints]
+
+
 class _Damage(NamedTuple):
   reason: str
 
@@ -265,7 +287,7 @@ def _restore_like(tree):
 
 
 def _digest(body: dict) -> str:
-  text = json.dumps({key: body[key] for key in ("run", "checksums")}, sort_keys=True)
+  text = json.dumps(body, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -198,10 +198,10 @@ def _train(
     stack.callback(monitor.close)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(jax.transfer_guard_device_to_host("disallow"))
-    request = stack.enter_context(StopRequest())
+    request = StopRequest()
     asked_anywhere = any_host()
     monitor.log.write("start", step=first, steps=steps, version=record["version"])
-    pending, stop, alone = None, False, jax.process_count() == 1
+    pending, stop, tracing, alone = None, False, False, jax.process_count() == 1
     profile_from, profile_to = config.train.profile
 
     def save(done, accuracy=None):
@@ -222,14 +222,17 @@ def _train(
 
     hosts.barrier("the first step", patience)
     for step in range(first, steps):
-      if step == profile_from < profile_to:
+      if profile_from <= step < profile_to and not tracing:
         jax.profiler.start_trace(str(monitor.directory / "profile"))
+        tracing = True
       with monitor.spending("data"):
         before_BW = lanes_BW
         rows, lanes_BW = next(batches)
         arrays = hosts.to_devices(rows, rows_sharding, loader.rows)
       with monitor.spending("setup") if step == first else contextlib.nullcontext():
         state, metrics = programs.train(state, frozen, arrays)  # the first time compiles it
+      if step == first:
+        stack.enter_context(request)  # before, there is nothing to save: a signal ends at once
       started = Pending(step, rows, before_BW, metrics, asked_anywhere(request.asked))
       # Read the step before this one, while this one runs.
       if pending is not None:
@@ -248,9 +251,10 @@ def _train(
         monitor.log.write("evaluation", step=done, accuracy=accuracy)
       if saved:
         save(done, accuracy)
-      if step + 1 == profile_to > profile_from:
+      if tracing and (stop or done in (profile_to, steps)):
         jax.block_until_ready(state.step)
         jax.profiler.stop_trace()
+        tracing = False
       if saved and stop and done < steps:
         monitor.log.warn(
           "stopped",

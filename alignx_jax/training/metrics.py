@@ -5,9 +5,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from tensorboardX import SummaryWriter
 
-from alignx_jax.files import as_path
+from alignx_jax.files import as_path, write_text
 
 
 def divide(metrics: dict) -> dict[str, float]:
@@ -23,12 +24,10 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: Path, first_step: int = 0):
-    self._path = workdir / "metrics.jsonl"
-    kept = [line for line in read_metrics(workdir) if line["step"] < first_step]
-    self._file = self._path.open("w", encoding="utf-8")
-    for line in kept:
-      self._file.write(_to_json(line))
-    self._file.flush()
+    path = workdir / "metrics.jsonl"
+    kept = [_to_json(line) for line in read_metrics(workdir) if line["step"] < first_step]
+    write_text(path, "".join(kept))
+    self._file = path.open("a", encoding="utf-8")
     self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -49,14 +48,20 @@ def _to_json(line: dict) -> str:
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-  """The lines written so far, NaN for null; a last line cut short by a kill is left out."""
+  """The lines written so far, NaN for null; those that are damaged are left out, with a warning.
+
+  A last line cut short by a kill is none.
+  """
   path = as_path(workdir) / "metrics.jsonl"
-  lines = []
+  lines, damaged = [], 0
   if path.exists():
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines(keepends=True):
       try:
-        values = json.loads(line)
-        lines.append({k: np.nan if v is None else v for k, v in values.items()})
-      except json.JSONDecodeError:
-        break
+        values = {k: np.nan if v is None else v for k, v in json.loads(line).items()}
+        np.isfinite(list(values.values()))  # numbers, all of them
+        lines.append(values | {"step": int(values["step"])})
+      except (ValueError, TypeError, AttributeError, KeyError):
+        damaged += line.endswith(b"\n")
+  if damaged:
+    logging.warning("%s: %d lines are damaged and left out.", path, damaged)
   return lines

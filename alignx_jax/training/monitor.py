@@ -183,7 +183,8 @@ class Monitor:
         **self._texts(rows),
       )
       if len(self._bad) >= self._config.stop_after_skipped:
-        self._give_up()
+        with jax.transfer_guard_device_to_host("allow"):  # hosts exchange ids
+          self._give_up()
       return
     self._bad.clear()
     usual = statistics.median(self._norms) if len(self._norms) >= 10 else np.inf

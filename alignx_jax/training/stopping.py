@@ -18,8 +18,9 @@ class StopRequest:
 
   _SIGNALS = signal.SIGTERM, signal.SIGINT
 
+  asked = False
+
   def __enter__(self) -> "StopRequest":
-    self.asked = False
     self._before = {}
     if threading.current_thread() is threading.main_thread():
       self._before = {number: signal.signal(number, self._keep) for number in self._SIGNALS}
