@@ -12,12 +12,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from alignx_jax.experiments import experiment as experiments
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import read_metrics
 from alignx_jax.training.stopping import EXIT_CODE
+from tests.processes import run_together
 from tests.small_records import small_config, write_small_records
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +134,46 @@ def test_a_damaged_file_of_a_checkpoint_is_harmless_or_found(saved, tmp_path, ha
   assert found_damage >= 3, harm
 
 
+TWO_HOSTS = """
+import os, sys
+from pathlib import Path
+from alignx_jax.training import hosts
+hosts.connect()
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from alignx_jax.training.checkpoints import Checkpoints
+from alignx_jax.training.steps import TrainState
+mesh = Mesh(np.array(jax.devices()), "x")
+def array(value, *axes):
+  value = np.asarray(value, np.float32)
+  split = NamedSharding(mesh, PartitionSpec(*axes))
+  return jax.make_array_from_callback(value.shape, split, lambda index: value[index])
+make = lambda step: TrainState(
+  array(step), {"a": array(step + np.arange(4e4).reshape(200, 200), "x")}, {"m": array(step)}
+)
+directory = Path(sys.argv[1])
+checkpoints = Checkpoints(directory, keep=2)
+for step in (2, 4):
+  checkpoints.save(step, make(step), {})
+checkpoints.close()
+if hosts.is_first():
+  for path in directory.glob("checkpoints/4/params/ocdbt.process_1/d/*"):
+    os.truncate(path, path.stat().st_size // 2)
+hosts.barrier("harm", 60)
+found = Checkpoints(directory, keep=2).newest(make(0))
+mine = [state.params["a"].addressable_data(0) for state in (found.state, make(2))]
+same = np.array_equal(*mine)
+print(found.step, same, (directory / "damaged/4").is_dir(), flush=True)
+hosts.barrier("end", 60)
+"""
+
+
+@pytest.mark.slow
+def test_damage_that_one_host_alone_reads_is_skipped_by_all(tmp_path):
+  for output in run_together(["-c", TWO_HOSTS, str(tmp_path)], processes=2, devices=2):
+    assert output.split()[-3:] == ["2", "True", "True"]
+
+
 def test_a_run_whose_every_checkpoint_is_damaged_stops_and_keeps_them(saved, tmp_path):
   directory = Path(shutil.copytree(saved, tmp_path / "run"))
   for step in (2, 4):
@@ -176,10 +218,10 @@ def test_what_is_no_sign_of_damage_stops_the_run(saved, tmp_path, monkeypatch, e
   directory = Path(shutil.copytree(saved, tmp_path / "run"))
   checkpoints = Checkpoints(directory, keep=2)
 
-  def restore(step, args):
+  def restore(*_, **__):
     raise error
 
-  monkeypatch.setattr(checkpoints._manager, "restore", restore)
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
   with pytest.raises(OSError, match="Nothing shows that it is damaged"):
     checkpoints.newest(state_like())
   assert Checkpoints(directory, keep=2).steps() == [2, 4]
