@@ -33,3 +33,22 @@ def write_text(path, text):
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def move(source, target):
+  """A directory to another place, with its folders; of an object store every object is copied."""
+  source, target = as_path(source), as_path(target)
+  if not is_remote(source):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+    return
+
+  def copy(folder, to):
+    for path in folder.iterdir():
+      if path.is_dir():
+        copy(path, to / path.name)
+      else:
+        path.copy(to / path.name)
+
+  copy(source, target)
+  source.rmtree()  # only now: cut off before, it is whole

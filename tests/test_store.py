@@ -12,7 +12,7 @@ from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from alignx_jax.experiments import experiment as experiments
-from alignx_jax.files import as_path, write_text
+from alignx_jax.files import as_path, move, write_text
 from alignx_jax.training import checkpoints, workdir
 from alignx_jax.training.metrics import read_metrics
 from alignx_jax.training.run_config import run_config
@@ -88,6 +88,18 @@ def test_a_run_goes_on_there_as_it_does_here(store, tmp_path, killed_at):
   for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(there.params), strict=True):
     np.testing.assert_array_equal(x, y)
   assert run_config(base.get_config(), root).data.path == config.data.path
+
+
+def test_what_is_moved_is_there_and_no_more_here(store):
+  bodies = {"run/metadata": b"{}", "params/d/1": b"one", "params/d/2": b"two"}
+  for name, body in bodies.items():
+    as_path(f"gs://bucket/run/checkpoints/4/{name}").write_bytes(body)
+  as_path("gs://bucket/run/checkpoints/40/params/d/1").write_bytes(b"another step")
+  move("gs://bucket/run/checkpoints/4", "gs://bucket/run/damaged/4")
+  for name, body in bodies.items():
+    assert as_path(f"gs://bucket/run/damaged/4/{name}").read_bytes() == body
+  assert not as_path("gs://bucket/run/checkpoints/4").exists()
+  assert as_path("gs://bucket/run/checkpoints/40/params/d/1").exists()
 
 
 def _hold(age, host="another", process=7):

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
-from alignx_jax.files import as_path, is_remote
+from alignx_jax.files import as_path, is_remote, move
 from alignx_jax.training import hosts
 from alignx_jax.training.checksums import checksums
 
@@ -210,10 +210,9 @@ class Checkpoints:
     if hosts.is_first():
       source = self.directory / str(step)
       target = self.directory.parent / "damaged" / str(step)
-      target.parent.mkdir(exist_ok=True)
       while target.exists():
         target = target.with_name(f"{target.name}_again")
-      source.rename(target)
+      move(source, target)
     hosts.all_true(True)  # all see it gone
     self._manager.reload()
 
