@@ -17,7 +17,7 @@ EXTRAS = {
   ],
   # Later sentencepiece needs a protobuf that TensorFlow does not go with.
   "seqio": ["seqio>=0.0.20,<0.1", "sentencepiece>=0.2,<0.2.2"],
-  "sweep": ["pyarrow>=17", "ray>=2.55,<3"],
+  "sweep": ["pyarrow>=17,<26", "ray>=2.55,<3"],
   # The one that jax 0.10.2 is built with.
   "tpu": ["libtpu>=0.0.42,<0.0.43"],
 }
@@ -51,26 +51,26 @@ setup(
     "alignx_jax.models": ["simulated_base/*"],
   },
   install_requires=[
-    "absl-py>=2.1",
-    "array_record>=0.8",
-    "etils[epath]>=1.9",
-    "filelock>=3",  # of JAX's cache of programs, which is limited in size
+    "absl-py>=2.1,<3",
+    "array_record>=0.8,<1",
+    "etils[epath]>=1.9,<2",
+    "filelock>=3,<5",  # of JAX's cache of programs, which is limited in size
     "flax>=0.12.8,<0.13",
     "fsspec>=2024.6",
     "grain>=0.2.18,<0.3",
-    "importlib_resources>=6",
+    "importlib_resources>=6,<8",
     "jax>=0.10.2,<0.11",
     "ml-collections>=1.1,<2",
-    "numpy>=2",
+    "numpy>=2,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
-    "pyarrow>=17",
+    "pyarrow>=17,<26",
     "safetensors>=0.8,<1",
-    "scipy>=1.13",
-    "tensorboardX>=2.6",
+    "scipy>=1.13,<2",
+    "tensorboardX>=2.6,<3",
     "tensorflow-datasets>=4.9.9,<5",
-    "tokenizers>=0.21",
-    "tqdm>=4.66",
+    "tokenizers>=0.21,<1",
+    "tqdm>=4.66,<5",
   ],
   extras_require=EXTRAS,
 )
