@@ -14,6 +14,7 @@ from alignx_jax.training import loop
 from alignx_jax.training.checkpoints import Checkpoints
 from alignx_jax.training.metrics import read_metrics
 from alignx_jax.training.monitor import SPENT, Monitor, Pending
+from alignx_jax.training.stopping import StopRequest
 from tests.processes import run_together
 from tests.small_records import small_config, small_record, write_small_records
 
@@ -259,6 +260,43 @@ def test_a_window_of_the_profiler_may_begin_before_a_resumed_run_and_end_after_i
     assert list(profile.rglob("*.xplane.pb"))
     shutil.rmtree(profile)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_stop_beside_an_evaluation_changes_nothing_of_what_is_best(
+  tmp_path, data, monkeypatch, when
+):
+  """Before it, the next start makes up for it; during it, it is waited for."""
+  config = small_config(data)
+  config.eval.every, config.train.keep_checkpoints = 2, 1
+  experiment, accuracies, asked = experiments.load_experiment(config), [0.3, 0.9, 0.5], []
+
+  class Asked(StopRequest):
+    @property
+    def asked(self):
+      return asked == [True]
+
+  def evaluate(params):
+    if when == "during" and len(accuracies) == 2 and not asked:
+      asked.append(True)
+    return accuracies.pop(0)
+
+  def report(self, pending, report=Monitor.report):
+    if when == "before" and pending.step == 2 and not asked:
+      asked.append(True)
+    return report(self, pending)
+
+  monkeypatch.setattr(loop, "StopRequest", Asked)
+  monkeypatch.setattr(Monitor, "report", report)
+  with pytest.raises(SystemExit):
+    experiments.run_training(experiment, tmp_path / "run", evaluate=evaluate)
+  assert len(accuracies) == {"before": 2, "during": 1}[when]
+  assert max(Checkpoints(tmp_path / "run", keep=1).steps()) == 4
+  asked.append("once")
+  experiments.run_training(experiment, tmp_path / "run", evaluate=evaluate)
+  assert not accuracies
+  assert Checkpoints(tmp_path / "run", keep=1).steps() == [4, 6]
 
 
 @pytest.mark.parametrize("starts", [1, 3])

@@ -72,7 +72,7 @@ BAD = [
   ((DIRECTIONS,), (direction_at(0, True),), "has True at index 0", "use 0, 0.5 or 1"),
   ((DIRECTIONS,), (direction_at(89, math.nan),), "has nan at index 89", "use 0, 0.5 or 1"),
   ((DIRECTIONS,), (direction_at(9, None),), "has None at index 9", "use 0, 0.5 or 1"),
-  ((PAIRS, 0, DIRECTIONS), (direction_at(7, "1"),), "has '1' at index 7", "use 0, 0.5 or 1"),
+  ((PAIRS, 0, DIRECTIONS), (direction_at(7, "1"),), "has a str at index 7", "use 0, 0.5 or 1"),
   ((DIRECTIONS,), ("0.5",), "is a str", "make it a list of numbers"),
   ((DIRECTIONS,), (1,), "is a int", "make it a list of numbers"),
   (("chosen",), ("",), "is empty", "drop the record or fill it in"),

@@ -112,7 +112,9 @@ def parse_record(record: dict, space: PreferenceSpace, where: str) -> Example:
       )
     for i, x in enumerate(value):
       if isinstance(x, bool) or not isinstance(x, int | float | np.number) or x not in (0, 0.5, 1):
-        raise RecordError(where, name, f"has {x!r} at index {i}; use 0, 0.5 or 1.")
+        # What may be somebody's words is not repeated.
+        found = f"a {type(x).__name__}" if isinstance(x, str | list | dict) else repr(x)
+        raise RecordError(where, name, f"has {found} at index {i}; use 0, 0.5 or 1.")
     return np.asarray(value, np.float32)
 
   def items(field):

@@ -81,7 +81,7 @@ class Checkpoints:
     self._read_accuracies()
     self._accuracies[step] = accuracy
     body = {"run": run, "checksums": {name: checksums(part) for name, part in parts.items()}}
-    body["accuracy"] = accuracy
+    body["accuracies"] = [[step, self._accuracies[step]] for step in sorted(self._accuracies)]
     items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
     items["run"] = ocp.args.JsonSave(body | {"digest": _digest(body)})
     with self._told(f"The checkpoint of step {step}"):
@@ -151,12 +151,24 @@ class Checkpoints:
       )
     return None
 
+  def lacks_accuracy(self, step: int) -> bool:
+    """Whether there is a checkpoint of this step that was saved without being evaluated."""
+    self._read_accuracies()
+    return step in self.steps() and self._accuracies[step] is None
+
+  def set_accuracy(self, step: int, accuracy: float) -> None:
+    """Makes up for that: the checkpoints after it say so."""
+    self._accuracies[step] = accuracy
+
   def _read_accuracies(self):
-    """Those of checkpoints that an earlier start saved."""
-    for step in self.steps():
-      if step not in self._accuracies:
-        body = self._try(step, self._read_run)
-        self._accuracies[step] = None if isinstance(body, _Damage) else body.get("accuracy")
+    """What the checkpoints of earlier starts say of theirs and of those before them."""
+    unread = [step for step in self.steps() if step not in self._accuracies]
+    for step in unread:
+      self._accuracies[step] = None
+    for step in unread:
+      body = self._try(step, self._read_run)
+      known = [] if isinstance(body, _Damage) else body.get("accuracies", [])
+      self._accuracies |= {of: accuracy for of, accuracy in known if accuracy is not None}
 
   def _read_run(self, step):
     body = dict(ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "run"))

@@ -212,6 +212,12 @@ def _train(
       monitor.log.write("save", step=done)
       monitor.sync()
 
+    def measured(done):
+      with monitor.spending("evaluation"), jax.transfer_guard_device_to_host("allow"):
+        accuracy = evaluate(nnx.merge_state(state.params, frozen))
+      monitor.log.write("evaluation", step=done, accuracy=accuracy)
+      return accuracy
+
     def report(pending, done):
       hosts.wait(pending.metrics, f"step {pending.step}", patience)
       try:
@@ -220,6 +226,9 @@ def _train(
         save(done)  # what is to be replayed with: no step after the bad ones was begun
         raise
 
+    evaluates = lambda done: evaluate and config.eval.every and done % config.eval.every == 0
+    if restored and evaluates(first) and checkpoints.lacks_accuracy(first):
+      checkpoints.set_accuracy(first, measured(first))
     hosts.barrier("the first step", patience)
     for step in range(first, steps):
       if profile_from <= step < profile_to and not tracing:
@@ -240,15 +249,14 @@ def _train(
       pending, done, accuracy = started, step + 1, None
       stop = stop or (alone and request.asked)  # several hosts stop at the same step
       stop = checkpoints.reached_preemption(done) or stop
-      evaluated = evaluate and config.eval.every and done % config.eval.every == 0
+      evaluated = evaluates(done)
       saved = stop or done == steps or done % config.train.checkpoint_every == 0 or evaluated
       if saved or monitor.may_give_up:
         stop = report(pending, done) or stop
         pending = None
-      if evaluated and not stop:
-        with monitor.spending("evaluation"), jax.transfer_guard_device_to_host("allow"):
-          accuracy = evaluate(nnx.merge_state(state.params, frozen))
-        monitor.log.write("evaluation", step=done, accuracy=accuracy)
+      if evaluated and not stop:  # else the next start does
+        accuracy = measured(done)
+        stop = alone and request.asked
       if saved:
         save(done, accuracy)
       if tracing and (stop or done in (profile_to, steps)):
