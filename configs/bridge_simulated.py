@@ -2,7 +2,7 @@
 
   python -m alignx_jax.train --config=configs/bridge_simulated.py --workdir=runs/bridge
 
-Trained as the study trains its bridge.
+Its regions hold four of the study's examples.
 """
 
 from configs import study_simulated
@@ -10,10 +10,14 @@ from configs import study_simulated
 
 def get_config():
   config = study_simulated.get_config()
-  config.update(config.study.pba_head)
   config.objective.name = "pba"
   config.bridge.kind = "head"
   config.data.train_records = 24_000
   config.data.test_records = 600
-  config.train.checkpoint_every = 1000
+  config.regions.prompt = 128
+  config.regions.persona = 1152
+  config.regions.parts = 40
+  config.regions.response = 128
+  config.train.rows = 1
+  config.train.checkpoint_every = 500
   return config
