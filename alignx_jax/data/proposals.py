@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from alignx_jax.data.formatting import Formatting, Refused, tokenise
-from alignx_jax.data.loader import Loader, choose, history_rng
+from alignx_jax.data.formatting import Formatting, Refused
+from alignx_jax.data.loader import Loader, choose
 from alignx_jax.data.records import Example
 from alignx_jax.data.rows import Regions
-from alignx_jax.personas.persona import sample_history
 
 FILE = "regions.json"
 
@@ -30,14 +29,8 @@ def measure(examples: Sequence[Example], formatting: Formatting, *, sample: int)
   """
   bridge = (1 << 30, 1 << 30) if formatting.condition == "bridge" else ()
   wide = dataclasses.replace(formatting, regions=Regions(1 << 30, 1 << 30, 1, *bridge))
-  sizes = []
   places = np.unique(np.linspace(0, len(examples) - 1, min(sample, len(examples))).astype(int))
-  for i in tqdm(places, desc="measuring lengths", unit="ex", mininterval=1.0):
-    example = examples[int(i)]
-    persona = sample_history(example.persona, formatting.history, history_rng(0, 0, example.id))
-    with contextlib.suppress(Refused):
-      sizes.append(tokenise(example, wide, persona).sizes)
-  return np.array(sizes, int).reshape(-1, len(wide.regions.room))
+  return _sizes(Loader(examples, wide, rows=1), places.tolist())
 
 
 def pack(sizes: np.ndarray, regions: Regions, *, window: int) -> tuple[float, int]:

@@ -72,13 +72,13 @@ def load_splits(config, space: PreferenceSpace, *, seed: int) -> dict[str, Seque
     examples = list(splits["test"])
   else:
     examples = read_examples(config.path, space)
+  if not examples:
+    raise ValueError(f"{config.path} has no records.")
   if config.profile_labels:
     examples = [label_by_profile(example, space) for example in examples]
   splits = split_by_post(examples, test_share=config.test_share, seed=seed)
   splits["train"] = splits["train"][: config.train_records]
   splits["test"] = splits["test"][: config.test_records]
-  if not examples:
-    raise ValueError(f"{config.path} has no records.")
   for split, part in splits.items():
     if not part:
       raise ValueError(
